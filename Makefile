@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Without these a test would wait for a display, or write beside the sources.
+export MPLBACKEND := Agg
+export PYTHONDONTWRITEBYTECODE := 1
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help:  ## List the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+# Stamped, so that a second run installs nothing.
+$(VENV)/.examples: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[examples]'
+	@touch $@
+
+$(VENV)/.test: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+.PHONY: demo
+demo: $(VENV)/.examples  ## Train on the digits, print the table, draw out/digits.png
+	$(BIN)/python examples/digits.py $(ARGS)
+
+.PHONY: test
+test: $(VENV)/.test  ## Run all tests and doctests
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+.PHONY: lint
+lint: $(VENV)/.dev  ## Check style and format (ruff)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.PHONY: types
+types: $(VENV)/.dev  ## Check types (pyright)
+	$(BIN)/pyright
+
+.PHONY: format
+format: $(VENV)/.dev  ## Format and mend what ruff can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.PHONY: dist
+dist: $(VENV)/.dev  ## Build the wheel and the sdist
+	$(BIN)/python -m build
+
+.PHONY: clean
+clean:  ## Remove what the targets made
+	rm -rf .venv* build dist out .pytest_cache .ruff_cache .hypothesis *.egg-info

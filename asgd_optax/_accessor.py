@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The way out: the average, wherever it stands in an optimizer's state."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from asgd_optax._asgd import ASGDState
+from asgd_optax._averaging import mean_value
+
+# The field of each averaging state that holds its mean.
+_MEAN_FIELDS = {ASGDState: "ax"}
+
+# The key under which a variable of Flax NNX holds its array.
+_BOXED = jax.tree_util.GetAttrKey("value")
+
+_MISSING = object()
+
+
+def averaged_params(opt_state: Any, params: Any = None) -> Any:
+    """The averaged parameters kept somewhere in `opt_state`.
+
+    The average is looked for in the whole pytree: behind `optax.chain`, `masked`,
+    `partition`, `inject_hyperparams`, `MultiSteps`, `apply_if_finite`, in a Flax
+    `TrainState` and in the `opt_state` of an `nnx.Optimizer`. Groups that
+    `optax.partition` made are merged. Before averaging has begun the result is
+    the current iterate.
+
+    Pure, and at home under `jax.jit`. Outside of it the result may hold the very
+    buffers of `opt_state`: do not donate the one and go on using the other (copy
+    with `jax.tree.map(jnp.copy, ...)` before a donating step).
+
+    Args:
+      opt_state: an optimizer's state, or any pytree that contains one.
+      params: the current parameters. With them the result has their tree type and
+        dtypes, and a leaf that nothing averages is taken from them.
+
+    Returns:
+      A pytree shaped as the parameters. Without `params` it has the structure and
+      the dtypes of the state: float32 for 16-bit parameters.
+
+    Raises:
+      ValueError: no averaging state; two that average the same leaf (pass the
+        sub-state wanted, such as `opt_state[2]`); a leaf that nothing averages,
+        without `params`; an average whose structure or shape is not that of
+        `params`. Leaves are named by their path.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> from asgd_optax import asgd, averaged_params
+      >>> tx = optax.chain(optax.clip_by_global_norm(1.0), asgd(0.5, lambd=0.0, t0=0))
+      >>> params = {"w": jnp.array([1.0, 2.0])}
+      >>> state = tx.init(params)
+      >>> for _ in range(3):  # averages the iterates 0.75 and 0.5 short of 1.0, 2.0
+      ...     grads = {"w": jnp.array([0.5, 0.5])}
+      ...     updates, state = tx.update(grads, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> averaged_params(state, params)
+      {'w': Array([0.375, 1.375], dtype=float32)}
+    """
+    states = [
+        (path, node)
+        for path, node in jax.tree_util.tree_leaves_with_path(
+            opt_state, is_leaf=_is_averaging
+        )
+        if _is_averaging(node)
+    ]
+    if not states:
+        raise ValueError(
+            "opt_state holds no averaging state: is asgd part of the optimizer, and is"
+            " this the state that its `init` or `update` returned?"
+        )
+    means = [
+        (path, mean_value(getattr(node, _MEAN_FIELDS[type(node)])))
+        for path, node in states
+    ]
+    return _merge((), means, _MISSING if params is None else params)
+
+
+def _is_averaging(node: Any) -> bool:
+    return type(node) in _MEAN_FIELDS
+
+
+def _merge(at: tuple[Any, ...], means: list[tuple[Any, Any]], params: Any) -> Any:
+    """One tree of several: at each leaf the mean that is not masked there.
+
+    Level by level and by keys, for two reasons: masks may be prefix trees, so one
+    mean ends in a `MaskedNode` where another has a subtree; and the node types of
+    a mean and of `params` may differ (NNX keeps states of variables, of optimizer
+    variables and of plain arrays).
+    """
+    means = [(w, m) for w, m in means if not isinstance(m, optax.MaskedNode)]
+    name = jax.tree_util.keystr(at) or "the parameters"
+    if not means:
+        if params is _MISSING:
+            raise ValueError(f"nothing averages {name}: pass `params` to fill it in")
+        return params
+    children, treedef = _one_level(means[0][1] if params is _MISSING else params)
+    if children is None:
+        return _merge_leaf(name, means, params)
+    levels = []
+    for where, mean in means:
+        level, _ = _one_level(mean)
+        if level is None and list(children) == [_BOXED]:
+            level = {_BOXED: mean}
+        if level is None or level.keys() != children.keys():
+            raise ValueError(
+                f"the average and the parameters differ in structure at {name}:"
+                f" {jax.tree.structure(mean)} against {treedef}"
+            )
+        levels.append((where, level))
+    merged = [
+        _merge(
+            (*at, key),
+            [(where, level[key]) for where, level in levels],
+            _MISSING if params is _MISSING else child,
+        )
+        for key, child in children.items()
+    ]
+    return jax.tree.unflatten(treedef, merged)
+
+
+def _merge_leaf(name: str, means: list[tuple[Any, Any]], params: Any) -> Any:
+    """The one mean of a leaf, in the dtype of its parameter where that is known."""
+    if len(means) > 1:
+        places = " and ".join(f"opt_state{jax.tree_util.keystr(w)}" for w, _ in means)
+        raise ValueError(
+            f"{places} both average {name}: pass the sub-state wanted, such as"
+            " averaged_params(opt_state[2], params); optax.named_chain gives them names"
+        )
+    mean = means[0][1]
+    if params is _MISSING:
+        return mean
+    children, _ = _one_level(mean)
+    if children is not None and list(children) == [_BOXED]:
+        mean = children[_BOXED]
+    if np.shape(mean) != np.shape(params):
+        raise ValueError(
+            f"the average of {name} has shape {np.shape(mean)}, the parameter"
+            f" {np.shape(params)}"
+        )
+    return jnp.asarray(mean, dtype=jnp.result_type(params))
+
+
+def _one_level(node: Any) -> tuple[dict[Any, Any] | None, Any]:
+    """The children of `node` by key, None for a leaf, and how to put them together."""
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(
+        node, is_leaf=lambda n: n is not node
+    )
+    if any(path == () for path, _ in pairs):
+        return None, treedef
+    return {path[0]: child for path, child in pairs}, treedef

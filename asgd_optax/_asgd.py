@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Averaged stochastic gradient descent, `torch.optim.ASGD` step for step."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from asgd_optax import _averaging, _checks
+
+
+class ASGDState(NamedTuple):
+    """State of `asgd`; at constant hyperparameters torch's after as many steps.
+
+    `eta` and `mu` are read-outs, what the next update will use unless its
+    hyperparameters change: the update itself computes from `step` alone.
+
+    Attributes:
+      step: number of finished updates. Shape (), int32; stays at 2**31 - 1.
+      eta: step size at `step`. Shape (), JAX's default float dtype.
+      mu: weight of the next iterate in the average. Shape (), as `eta`.
+      ax: the average. Parameters' shapes; their dtypes, float32 for 16-bit
+        floats, or the `accumulator_dtype`. A `CompensatedMean` of two such trees
+        where `compensated`.
+    """
+
+    step: jax.Array
+    eta: jax.Array
+    mu: jax.Array
+    ax: Any
+
+
+def asgd(
+    learning_rate: optax.ScalarOrSchedule = 1e-2,
+    lambd: jax.typing.ArrayLike = 1e-4,
+    alpha: jax.typing.ArrayLike = 0.75,
+    t0: jax.typing.ArrayLike = 1e6,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    *,
+    accumulator_dtype: Any = None,
+    compensated: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Averaged stochastic gradient descent (Polyak & Juditsky 1992).
+
+    Bottou's form of it, as `torch.optim.ASGD` has it. With :math:`t` updates
+    done, one more takes the parameters :math:`p` and the gradient :math:`g` to
+
+    .. math::
+
+        \eta &= \mathrm{lr} / (1 + \lambda\,\mathrm{lr}\,t)^\alpha \\
+        \mu &= 1 / \max(1, t - t_0) \\
+        p' &= (1 - \lambda\eta)\,p - \eta\,(g + \mathrm{wd}\,p) \\
+        \bar p' &= p' \text{ if } \mu = 1 \text{ else } \bar p + \mu\,(p' - \bar p)
+
+    With integer `t0`, after :math:`n > t_0 + 1` updates the average is the mean of
+    :math:`p_{t_0+2}, \dots, p_n`: torch's own off-by-one, kept. The iterate is the
+    one that `optax.apply_updates` makes, its rounding included, so the
+    transformation must be the last of its chain to change the updates. Read the
+    average with `asgd_optax.averaged_params`.
+
+    Args:
+      learning_rate: lr, the step size at :math:`t = 0`, or a schedule of it: a
+        function of :math:`t`. Per gradient unit.
+      lambd: :math:`\lambda`, decay of the parameters and of the step size.
+      alpha: :math:`\alpha`, power of the step size's decay.
+      t0: number of updates after which averaging begins, in updates; `inf` for
+        never. Need not be whole.
+      weight_decay: wd, L2 penalty added to the gradient.
+      accumulator_dtype: precision of the average, such as "float32"; complex
+        leaves take the complex type of it (complex64 at least). By default the
+        parameter's own, float32 for 16-bit floats. (A string passes through
+        `optax.inject_hyperparams`, which takes a type for a schedule.)
+      compensated: whether to keep the average as a `CompensatedMean`, which stays
+        exact over millions of updates, for one more array of the parameters' size.
+
+    Every numeric hyperparameter is a scalar and may be traced: `jax.vmap` and
+    `jax.grad` work over all of them.
+
+    Returns:
+      A transformation whose `init(params)` copies the parameters into an
+      `ASGDState` and whose `update(gradients, state, params, **ignored)` returns
+      the step from :math:`p` to :math:`p'`, in the gradients' shapes and dtypes,
+      and the new state. It computes in float32 at least.
+
+    Raises:
+      TypeError: a hyperparameter that is no number; from `init` and `update`, a
+        leaf of the parameters that is not floating or complex; from `update`, a
+        gradient that is sparse, not floating, or complex where its parameter is
+        real or the other way round. Leaves are named by their path.
+      ValueError: a concrete hyperparameter that is negative, NaN or, `t0` apart,
+        infinite, or not a scalar; an `accumulator_dtype` that is not floating;
+        from `update`, missing params and a gradient or a state whose structure
+        or shape is not its parameter's.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from asgd_optax import asgd, averaged_params
+      >>> loss = lambda w: jnp.sum((w - 3.0) ** 2)
+      >>> tx = asgd(learning_rate=0.4, lambd=0.0, t0=10)
+      >>> params = jnp.zeros(2)
+      >>> state = tx.init(params)
+      >>> @jax.jit
+      ... def train_step(params, state, noise):
+      ...     grads = jax.grad(loss)(params) + noise
+      ...     updates, state = tx.update(grads, state, params)
+      ...     return optax.apply_updates(params, updates), state
+      >>> for noise in jax.random.normal(jax.random.key(0), (1000, 2)):
+      ...     params, state = train_step(params, state, noise)
+      >>> bool(jnp.all(jnp.abs(averaged_params(state, params) - 3.0) < 0.05))
+      True
+
+    References:
+      Polyak & Juditsky, `Acceleration of stochastic approximation by averaging
+      <https://doi.org/10.1137/0330046>`_, SIAM J. Control Optim. 30(4), 1992.
+
+      Bottou, `Large-scale machine learning with stochastic gradient descent
+      <https://leon.bottou.org/publications/pdf/compstat-2010.pdf>`_, COMPSTAT 2010.
+    """
+    for name, value in (
+        ("lambd", lambd),
+        ("alpha", alpha),
+        ("weight_decay", weight_decay),
+    ):
+        _checks.check_hyperparameter(name, value)
+    _checks.check_hyperparameter("t0", t0, may_be_inf=True)
+    if not callable(learning_rate):
+        _checks.check_hyperparameter("learning_rate", learning_rate)
+    _averaging.check_accumulator_dtype(accumulator_dtype)
+
+    def eta_and_mu(step: jax.Array) -> tuple[jax.Array, jax.Array]:
+        rate = learning_rate(step) if callable(learning_rate) else learning_rate
+        return _step_size(step, rate, lambd, alpha), _weight(step, t0)
+
+    def init_fn(params: Any) -> ASGDState:
+        _checks.check_params(params)
+        step = jnp.zeros([], jnp.int32)
+        ax = _averaging.init_mean(params, accumulator_dtype, compensated)
+        return ASGDState(step, *eta_and_mu(step), ax)
+
+    def update_fn(
+        updates: Any, state: ASGDState, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, ASGDState]:
+        del extra_args
+        _checks.check_params(params)
+        _checks.check_fits("updates", updates, params)
+        _checks.check_fits("state.ax", _averaging.mean_value(state.ax), params)
+        step = jnp.asarray(state.step)
+        eta, mu = eta_and_mu(step)
+        # (1 - lambd eta) p - eta (g + wd p) - p, without its cancellation.
+        decay = _float(lambd) + _float(weight_decay)
+
+        def descend(g: jax.Array, p: jax.Array) -> jax.Array:
+            return -eta.astype(g.dtype) * (g + decay.astype(g.dtype) * p)
+
+        def step_of(g: Any, p: Any) -> jax.Array:
+            wide = _averaging.wide_dtype(g, p)
+            g, p = jnp.asarray(g, dtype=wide), jnp.asarray(p, dtype=wide)
+            return _averaging.on_real_parts(descend, g, p)
+
+        steps = jax.tree.map(step_of, updates, params)
+        steps = _averaging.round_updates(steps, updates, mu)
+        iterates = _averaging.applied_iterates(params, steps, mu)
+        ax = _averaging.update_mean(state.ax, iterates, mu)
+        step = optax.safe_increment(step)
+        return steps, ASGDState(step, *eta_and_mu(step), ax)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _float(value: Any) -> jax.Array:
+    """A hyperparameter in JAX's default float dtype.
+
+    `optax.inject_hyperparams` makes it complex where the parameters are.
+    """
+    return jnp.real(jnp.asarray(value)).astype(jnp.result_type(float))
+
+
+def _step_size(step: jax.Array, rate: Any, lambd: Any, alpha: Any) -> jax.Array:
+    """Lr / (1 + lambd lr t)^alpha."""
+    rate, lambd, alpha = _float(rate), _float(lambd), _float(alpha)
+    return rate / (1 + lambd * rate * step.astype(rate.dtype)) ** alpha
+
+
+def _weight(step: jax.Array, t0: Any) -> jax.Array:
+    """1 / max(1, t - t0), exact at every int32 `step`.
+
+    Above 2**24 float32 holds no odd number, so the whole part of `t0` is
+    subtracted in integers, of a float32 `t0` as well.
+    """
+    last = np.iinfo(np.int32).max
+    if _checks.is_traced(t0):
+        t0, xp = jnp.real(t0), jnp
+        if jnp.issubdtype(t0.dtype, jnp.integer):
+            t0 = t0.astype(jnp.result_type(int))
+    else:
+        t0, xp = np.float64(np.real(t0)), np
+    never = t0 >= last
+    reached = xp.where(never, 0, t0)
+    whole = reached if xp.issubdtype(t0.dtype, xp.integer) else xp.floor(reached)
+    fraction = jnp.asarray(reached - whole, dtype=jnp.result_type(float))
+    since = (step - whole.astype(np.int32)).astype(fraction.dtype) - fraction
+    return 1 / jnp.maximum(1, jnp.where(never, 0, since))

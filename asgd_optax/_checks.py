@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of what a caller passes: every error names the argument or the leaf."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def is_traced(value: Any) -> bool:
+    """Whether `value` is known only when the compiled program runs."""
+    return isinstance(value, jax.core.Tracer)
+
+
+def check_hyperparameter(name: str, value: Any, *, may_be_inf: bool = False) -> None:
+    """Raises unless `value` is a nonnegative scalar; of a traced one, a scalar."""
+    if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number; got {value!r}")
+    if np.ndim(value) != 0:
+        raise ValueError(f"{name} must be a scalar; got shape {np.shape(value)}")
+    if is_traced(value):
+        return
+    number = float(np.real(value))
+    if not number >= 0:
+        raise ValueError(f"{name} must not be negative or NaN; got {value}")
+    if number == np.inf and not may_be_inf:
+        raise ValueError(f"{name} must be finite; got {value}")
+
+
+def check_params(params: Any) -> None:
+    """Raises unless every leaf of `params` is a floating or complex array."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        dtype = _dtype(leaf)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
+            raise TypeError(
+                f"params{jax.tree_util.keystr(path)} is"
+                f" {type(leaf).__name__ if dtype is None else dtype}: only floating"
+                " and complex arrays can be averaged (optax.masked leaves others out)"
+            )
+
+
+def check_fits(name: str, tree: Any, params: Any) -> None:
+    """Raises unless `tree` has the structure, shapes and kind of `params`.
+
+    Args:
+      name: what `tree` is, for the message.
+      tree: gradients, updates or an average.
+      params: the parameters.
+    """
+    if params is None and jax.tree.leaves(tree):
+        raise ValueError(
+            "params are missing: the average is that of the parameters, so call"
+            " `update(updates, state, params)`"
+        )
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(params)
+    try:
+        leaves = treedef.flatten_up_to(tree)
+    except (ValueError, TypeError) as error:
+        raise ValueError(_misfit(name, tree, params)) from error
+    for (path, param), leaf in zip(pairs, leaves, strict=True):
+        where = f"{name}{jax.tree_util.keystr(path)}"
+        dtype = _dtype(leaf)
+        if dtype is None:
+            raise TypeError(
+                f"{where} is a {type(leaf).__name__}, not an array (a sparse gradient"
+                " must be made dense first, as by `.todense()`)"
+            )
+        if np.shape(leaf) != np.shape(param):
+            raise ValueError(
+                f"{where} has shape {np.shape(leaf)}, its parameter {np.shape(param)}"
+            )
+        expected = _dtype(param)
+        if not jnp.issubdtype(dtype, jnp.inexact) or (
+            jnp.issubdtype(dtype, jnp.complexfloating)
+            != jnp.issubdtype(expected, jnp.complexfloating)
+        ):
+            raise TypeError(f"{where} is {dtype}, its parameter {expected}")
+
+
+def _misfit(name: str, tree: Any, params: Any) -> str:
+    """Says where the structure of `tree` first departs from that of `params`."""
+    here = [p for p, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    there = [p for p, _ in jax.tree_util.tree_leaves_with_path(params)]
+    prefix = f"{name} and params differ in structure: "
+    for path in there:
+        # A leaf below the path is a container in the place of the array.
+        if not any(other[: len(path)] == path for other in here):
+            return prefix + f"{name} has no leaf {jax.tree_util.keystr(path)}"
+    for path in here:
+        if not any(path[: len(other)] == other for other in there):
+            return prefix + f"params have no leaf {jax.tree_util.keystr(path)}"
+    return prefix + f"{jax.tree.structure(tree)} against {jax.tree.structure(params)}"
+
+
+def _dtype(leaf: Any) -> Any:
+    """The dtype JAX gives `leaf`, None where it is no array but a container, say."""
+    if not jax.tree_util.all_leaves([leaf]):
+        return None
+    try:
+        return jnp.result_type(leaf)
+    except (TypeError, ValueError):
+        return None
