@@ -42,8 +42,8 @@ lint: $(VENV)/.dev  ## Check style and format (ruff)
 	$(BIN)/ruff format --check .
 
 .PHONY: types
-types: $(VENV)/.dev  ## Check types (pyright)
-	$(BIN)/pyright
+types: $(VENV)/.dev  ## Check types (mypy)
+	$(BIN)/mypy
 
 .PHONY: format
 format: $(VENV)/.dev  ## Format and mend what ruff can

@@ -160,8 +160,8 @@ def asgd(
             return _averaging.on_real_parts(descend, g, p)
 
         steps = jax.tree.map(step_of, updates, params)
-        steps = _averaging.round_updates(steps, updates, mu)
-        iterates = _averaging.applied_iterates(params, steps, mu)
+        steps = _averaging.round_updates(steps, updates, step)
+        iterates = optax.apply_updates(params, steps)
         ax = _averaging.update_mean(state.ax, iterates, mu)
         step = optax.safe_increment(step)
         return steps, ASGDState(step, *eta_and_mu(step), ax)
@@ -190,15 +190,16 @@ def _weight(step: jax.Array, t0: Any) -> jax.Array:
     subtracted in integers, of a float32 `t0` as well.
     """
     last = np.iinfo(np.int32).max
+    xp: Any = np
     if _checks.is_traced(t0):
-        t0, xp = jnp.real(t0), jnp
+        xp, t0 = jnp, jnp.real(t0)
         if jnp.issubdtype(t0.dtype, jnp.integer):
             t0 = t0.astype(jnp.result_type(int))
     else:
-        t0, xp = np.float64(np.real(t0)), np
+        t0 = np.float64(np.real(t0))
     never = t0 >= last
     reached = xp.where(never, 0, t0)
     whole = reached if xp.issubdtype(t0.dtype, xp.integer) else xp.floor(reached)
     fraction = jnp.asarray(reached - whole, dtype=jnp.result_type(float))
     since = (step - whole.astype(np.int32)).astype(fraction.dtype) - fraction
-    return 1 / jnp.maximum(1, jnp.where(never, 0, since))
+    return jnp.reciprocal(jnp.maximum(1, jnp.where(never, 0, since)))

@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The averaging kernel: the iterate as it is applied, and its running mean.
+"""The averaging kernel: a running mean of the iterates as they are applied.
 
-Every transformation that averages is `round_updates`, `applied_iterates` and
-`update_mean`, fed a weight of its own. What is rounded, and when:
+Every transformation that averages rounds its updates (`round_updates`), lets
+`optax.apply_updates` make the iterate of them and hands it to `update_mean` with a
+weight of its own. What is rounded, and when:
 
-- an update is rounded once, to the dtype in which it leaves;
-- the iterate is the one `optax.apply_updates` makes of that update, its rounding
-  to the parameter's dtype included;
-- the mean moves in at least float32 and is rounded to its own dtype on storage.
+- an update once, to the dtype in which it leaves;
+- the iterate by `optax.apply_updates`, to the parameter's dtype;
+- the mean on storage; it moves in at least float32.
 
 A compiler may skip any of these roundings inside a fusion: XLA keeps a narrow
 intermediate in float32 (excess precision), LLVM contracts a product and a sum
 into a fused multiply-add. The average would then be that of iterates nobody
-applied, so `_as_stored` writes the roundings in operations that neither removes.
+applied, so `_rounded` writes them in operations that neither removes.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -55,26 +56,21 @@ def init_mean(params: Any, accumulator_dtype: Any, compensated: bool) -> Any:
     return CompensatedMean(value, zero)
 
 
-def round_updates(updates: Any, dtypes_of: Any, weight: jax.Array) -> Any:
-    """`updates` rounded to the dtypes of the tree `dtypes_of`, fusion or not."""
+def round_updates(updates: Any, dtypes_of: Any, step: jax.Array) -> Any:
+    """`updates` rounded to the dtypes of the tree `dtypes_of`, inside a fusion too.
+
+    Args:
+      updates: pytree of floating or complex arrays.
+      dtypes_of: pytree of arrays whose dtypes are no wider than the updates'.
+      step: a counter from the state, never negative, which no compiler can know.
+    """
+    unit = jnp.asarray(step) >= 0
 
     def leaf(u: Any, like: Any) -> jax.Array:
-        return _as_stored(jnp.asarray(u), jnp.result_type(like), weight)
+        dtype = jnp.result_type(like)
+        return _rounded(jnp.asarray(u), dtype, unit).astype(dtype)
 
     return jax.tree.map(leaf, updates, dtypes_of)
-
-
-def applied_iterates(params: Any, updates: Any, weight: jax.Array) -> Any:
-    """What `optax.apply_updates(params, updates)` makes of rounded updates."""
-
-    def leaf(p: Any, u: jax.Array) -> jax.Array:
-        p = jnp.asarray(p)
-        iterate = p.astype(wide_dtype(p, u)) + u
-        if iterate.dtype == p.dtype:
-            return iterate
-        return _as_stored(iterate, p.dtype, weight)
-
-    return jax.tree.map(leaf, params, updates)
 
 
 def update_mean(mean: Any, iterates: Any, weight: jax.Array) -> Any:
@@ -88,20 +84,14 @@ def update_mean(mean: Any, iterates: Any, weight: jax.Array) -> Any:
     Returns:
       The new mean, in the structure of `iterates` and the dtypes of `mean`.
     """
-    leaves, treedef = jax.tree.flatten(iterates)
     if not isinstance(mean, CompensatedMean):
-        values = treedef.flatten_up_to(mean)
-        new = [_plain(v, x, weight) for v, x in zip(values, leaves, strict=True)]
-        return treedef.unflatten(new)
-    values = treedef.flatten_up_to(mean.value)
-    residuals = treedef.flatten_up_to(mean.residual)
-    pairs = [
-        _compensated(v, r, x, weight)
-        for v, r, x in zip(values, residuals, leaves, strict=True)
-    ]
+        return jax.tree.map(partial(_plain, weight), iterates, mean)
+    pairs = jax.tree.map(
+        partial(_compensated, weight), iterates, mean.value, mean.residual
+    )
+    inner = jax.tree.structure((0, 0))
     return CompensatedMean(
-        treedef.unflatten([value for value, _ in pairs]),
-        treedef.unflatten([residual for _, residual in pairs]),
+        *jax.tree.transpose(jax.tree.structure(iterates), inner, pairs)
     )
 
 
@@ -128,60 +118,70 @@ def on_real_parts(f: Callable[..., Any], *arrays: jax.Array) -> Any:
     return jax.tree.map(jax.lax.complex, real, imag)
 
 
-def _plain(value: Any, iterate: jax.Array, weight: jax.Array) -> jax.Array:
-    def f(m: jax.Array, x: jax.Array) -> jax.Array:
+def _plain(weight: jax.Array, iterate: jax.Array, value: Any) -> jax.Array:
+    def f(x: jax.Array, m: jax.Array) -> jax.Array:
         w = weight.astype(x.dtype)
         return jnp.where(w == 1, x, m + w * (x - m))
 
     value = jnp.asarray(value)
     wide = wide_dtype(value, iterate)
-    mean = on_real_parts(f, value.astype(wide), iterate.astype(wide))
+    mean = on_real_parts(f, _widened(iterate, wide), value.astype(wide))
     return mean.astype(value.dtype)
 
 
 def _compensated(
-    value: Any, residual: Any, iterate: jax.Array, weight: jax.Array
+    weight: jax.Array, iterate: jax.Array, value: Any, residual: Any
 ) -> tuple[jax.Array, jax.Array]:
-    value, residual = jnp.asarray(value), jnp.asarray(residual)
-    stored_dtype = jnp.finfo(value.dtype).dtype
-
-    def f(v: jax.Array, r: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def f(x: jax.Array, v: jax.Array, r: jax.Array) -> tuple[jax.Array, jax.Array]:
         w = weight.astype(x.dtype)
         # Where the weight is 1 the recursion starts anew from the iterate. Its
         # inputs are selected, not its outputs: on outputs XLA spends another pass.
         # -0.0 is the one number whose addition changes nothing, zeros included.
         start = jnp.where(w == 1, x, v)
         increment = jnp.where(w == 1, -0.0, w * ((x - v) - r) + r)
-        total = start + increment
-        if total.dtype != stored_dtype:
-            total = _as_stored(total, stored_dtype, weight).astype(total.dtype)
+        total = _rounded(start + increment, stored_dtype)
         return total, (start - total) + increment
 
+    value, residual = jnp.asarray(value), jnp.asarray(residual)
+    stored_dtype = jnp.finfo(value.dtype).dtype
     wide = wide_dtype(value, iterate)
-    arrays = (a.astype(wide) for a in (value, residual, iterate))
-    total, rest = on_real_parts(f, *arrays)
-    return total.astype(value.dtype), rest.astype(residual.dtype)
+    total, rest = on_real_parts(
+        f, _widened(iterate, wide), value.astype(wide), residual.astype(wide)
+    )
+    return total.astype(value.dtype), rest.astype(value.dtype)
 
 
-def _as_stored(x: jax.Array, dtype: Any, weight: jax.Array) -> jax.Array:
-    """`x` in `dtype`, rounded as by a store to memory, inside a fusion too."""
+def _widened(iterate: jax.Array, wide: Any) -> jax.Array:
+    """`iterate` in a wider dtype, with the rounding to its own."""
+    return _rounded(iterate.astype(wide), iterate.dtype)
+
+
+def _rounded(x: jax.Array, dtype: Any, unit: jax.Array | None = None) -> jax.Array:
+    """`x`, in its own dtype, rounded to the precision of a narrower or equal one.
+
+    Args:
+      x: array of any floating or complex dtype.
+      dtype: floating or complex dtype of the precision wanted.
+      unit: true, unknown to the compiler; where given, `x` is rounded to its own
+        precision too.
+    """
     narrow, wide = jnp.finfo(dtype), jnp.finfo(x.dtype)
 
     def f(x: jax.Array) -> jax.Array:
-        if x.dtype == narrow.dtype:
-            # No compiler knows that this factor is 1, so none contracts a product
-            # that made `x` with the sum that uses it; times 1 is exact.
-            return x * (1 + 0 * weight).astype(x.dtype)
+        if narrow.dtype == wide.dtype:
+            # Times 1 is exact, and as no compiler can tell that `unit` is 1, none
+            # contracts the product that made `x` with the sum that uses it.
+            return x if unit is None else x * unit.astype(x.dtype)
         rounded = jax.lax.reduce_precision(x, narrow.nexp, narrow.nmant)
-        if narrow.nexp < wide.nexp:
-            # `reduce_precision` flushes what is subnormal in the narrow dtype. In
-            # the binade of `shift`, `x`'s own dtype has just its spacing.
-            shift = 1.5 * 2.0 ** (narrow.minexp - narrow.nmant + wide.nmant)
-            subnormal = (x + shift) - shift
-            tiny = jnp.abs(x) < 2.0**narrow.minexp
-            # A zero is left to `reduce_precision`, which keeps its sign.
-            rounded = jnp.where(tiny & (subnormal != 0), subnormal, rounded)
-        return rounded.astype(narrow.dtype)
+        if narrow.nexp == wide.nexp:
+            return rounded
+        # `reduce_precision` flushes what is subnormal in the narrow dtype. In the
+        # binade of `shift`, `x`'s own dtype has just its spacing.
+        shift = 1.5 * 2.0 ** (narrow.minexp - narrow.nmant + wide.nmant)
+        subnormal = (x + shift) - shift
+        tiny = jnp.abs(x) < 2.0**narrow.minexp
+        # A zero is left to `reduce_precision`, which keeps its sign.
+        return jnp.where(tiny & (subnormal != 0), subnormal, rounded)
 
     return on_real_parts(f, x)
 

@@ -53,12 +53,12 @@ def check_fits(name: str, tree: Any, params: Any) -> None:
             "params are missing: the average is that of the parameters, so call"
             " `update(updates, state, params)`"
         )
-    pairs, treedef = jax.tree_util.tree_flatten_with_path(params)
+    rows: list[tuple[Any, Any, Any]] = []
     try:
-        leaves = treedef.flatten_up_to(tree)
+        jax.tree_util.tree_map_with_path(lambda *row: rows.append(row), params, tree)
     except (ValueError, TypeError) as error:
         raise ValueError(_misfit(name, tree, params)) from error
-    for (path, param), leaf in zip(pairs, leaves, strict=True):
+    for path, param, leaf in rows:
         where = f"{name}{jax.tree_util.keystr(path)}"
         dtype = _dtype(leaf)
         if dtype is None:
