@@ -62,13 +62,14 @@ def round_updates(updates: Any, dtypes_of: Any, step: jax.Array) -> Any:
     Args:
       updates: pytree of floating or complex arrays.
       dtypes_of: pytree of arrays whose dtypes are no wider than the updates'.
-      step: a counter from the state, never negative, which no compiler can know.
+      step: a counter of the state; never negative, but no compiler knows that.
     """
-    unit = jnp.asarray(step) >= 0
+    # -0.0 is the one number whose addition changes nothing, zeros included.
+    nothing = jnp.where(jnp.asarray(step) >= 0, -0.0, 1.0)
 
     def leaf(u: Any, like: Any) -> jax.Array:
         dtype = jnp.result_type(like)
-        return _rounded(jnp.asarray(u), dtype, unit).astype(dtype)
+        return _rounded(jnp.asarray(u), dtype, nothing).astype(dtype)
 
     return jax.tree.map(leaf, updates, dtypes_of)
 
@@ -89,9 +90,9 @@ def update_mean(mean: Any, iterates: Any, weight: jax.Array) -> Any:
     pairs = jax.tree.map(
         partial(_compensated, weight), iterates, mean.value, mean.residual
     )
-    inner = jax.tree.structure((0, 0))
     return CompensatedMean(
-        *jax.tree.transpose(jax.tree.structure(iterates), inner, pairs)
+        jax.tree.map(lambda _, pair: pair[0], iterates, pairs),
+        jax.tree.map(lambda _, pair: pair[1], iterates, pairs),
     )
 
 
@@ -136,7 +137,6 @@ def _compensated(
         w = weight.astype(x.dtype)
         # Where the weight is 1 the recursion starts anew from the iterate. Its
         # inputs are selected, not its outputs: on outputs XLA spends another pass.
-        # -0.0 is the one number whose addition changes nothing, zeros included.
         start = jnp.where(w == 1, x, v)
         increment = jnp.where(w == 1, -0.0, w * ((x - v) - r) + r)
         total = _rounded(start + increment, stored_dtype)
@@ -156,22 +156,23 @@ def _widened(iterate: jax.Array, wide: Any) -> jax.Array:
     return _rounded(iterate.astype(wide), iterate.dtype)
 
 
-def _rounded(x: jax.Array, dtype: Any, unit: jax.Array | None = None) -> jax.Array:
+def _rounded(x: jax.Array, dtype: Any, nothing: jax.Array | None = None) -> jax.Array:
     """`x`, in its own dtype, rounded to the precision of a narrower or equal one.
 
     Args:
       x: array of any floating or complex dtype.
       dtype: floating or complex dtype of the precision wanted.
-      unit: true, unknown to the compiler; where given, `x` is rounded to its own
-        precision too.
+      nothing: -0.0 that the compiler takes for any number; where given, `x` is
+        rounded to its own precision too.
     """
     narrow, wide = jnp.finfo(dtype), jnp.finfo(x.dtype)
 
     def f(x: jax.Array) -> jax.Array:
         if narrow.dtype == wide.dtype:
-            # Times 1 is exact, and as no compiler can tell that `unit` is 1, none
-            # contracts the product that made `x` with the sum that uses it.
-            return x if unit is None else x * unit.astype(x.dtype)
+            # The product that made `x` is contracted with this sum, if at all, and
+            # so rounded before the next. (A factor 1 would not do: XLA moves
+            # constants outwards, past it.)
+            return x if nothing is None else x + nothing.astype(x.dtype)
         rounded = jax.lax.reduce_precision(x, narrow.nexp, narrow.nmant)
         if narrow.nexp == wide.nexp:
             return rounded

@@ -1,0 +1,431 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One battery over every transformation: what a citizen of JAX and optax owes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from asgd_optax import averaged_params
+from tests.support import (
+    assert_close,
+    bits,
+    enable_x64,
+    precision_of,
+    random_tree,
+    train_step,
+)
+from tests.transformations import ROWS
+
+STEPS = 6
+DTYPES = ["float16", "bfloat16", "float32", "float64", "complex64", "complex128"]
+
+each_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+each_hyperparameter = pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        pytest.param(row, name, id=f"{row.name}-{name}")
+        for row in ROWS
+        for name in row.hyperparameters
+    ],
+)
+
+
+def gradients(dtype="float32", steps=STEPS):
+    return [random_tree((1, n), dtype) for n in range(steps)]
+
+
+def train(tx, params, grads, step=train_step):
+    state = tx.init(params)
+    for g in grads:
+        params, state = step(tx, params, state, g)
+    return params, state
+
+
+def stacked(trees):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+@each_row
+def test_jit_equals_eager(row):
+    tx, params, grads = row.make(), random_tree(0, "float32"), gradients()
+    compiled = jax.jit(train_step, static_argnums=0)
+    assert_close(
+        train(tx, params, grads, compiled), train(tx, params, grads), 1e-6, 1e-6
+    )
+
+
+@each_row
+def test_scan_equals_loop(row):
+    tx, params, grads = row.make(), random_tree(0, "float32"), gradients()
+    compiled = jax.jit(train_step, static_argnums=0)
+    looped = train(tx, params, grads, compiled)
+
+    def body(carry, g):
+        return train_step(tx, *carry, g), None
+
+    scanned, _ = jax.lax.scan(body, (params, tx.init(params)), stacked(grads))
+    assert_close(scanned, looped, 1e-6, 1e-6)
+
+
+@each_hyperparameter
+def test_vmap_over_a_hyperparameter_equals_a_loop(row, name):
+    params, grads = random_tree(0, "float32"), gradients()
+    values = row.hyperparameters[name] * jnp.array([0.5, 1.0, 2.0])
+
+    def average(value):
+        params_, state = train(row.make(**{name: value}), params, grads)
+        return averaged_params(state, params_), state
+
+    batch = jax.jit(jax.vmap(average))(values)
+    for i, value in enumerate(values):
+        one = jax.tree.map(lambda x, i=i: x[i], batch)
+        assert_close(one, average(float(value)), 2e-6, 2e-6)
+
+
+@each_hyperparameter
+def test_grad_over_a_hyperparameter_equals_finite_differences(row, name):
+    with enable_x64(True):
+        params, grads = random_tree(0, "float64"), gradients("float64")
+
+        @jax.jit
+        def loss(value):
+            p, state = train(row.make(**{name: value}), params, grads)
+            trees = jax.tree.leaves((p, averaged_params(state, p)))
+            return sum(jnp.sum(jnp.sin(x)) for x in trees)
+
+        if row.options.get("accumulator_dtype"):
+            pytest.skip("an average in float32 is no smooth function")
+        value, h = row.hyperparameters[name], 1e-5
+        numeric = (loss(value + h) - loss(value - h)) / (2 * h)
+        assert abs(numeric) > 1e-4  # or there would be nothing to compare
+        np.testing.assert_allclose(jax.grad(loss)(value), numeric, rtol=1e-7, atol=1e-9)
+
+
+@each_row
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_donation_of_params_and_state(row, dtype, compiled):
+    tx, params, grads = row.make(), random_tree(0, dtype), gradients(dtype)
+    expected = bits(train(tx, params, grads, jax.jit(train_step, static_argnums=0)))
+    donating = jax.jit(train_step, static_argnums=0, donate_argnums=(1, 2))
+    state = (jax.jit(tx.init) if compiled else tx.init)(params)
+    for g in grads:
+        old = jax.tree.leaves((params, state))
+        params, state = donating(tx, params, state, g)
+        assert all(x.is_deleted() for x in old if x.ndim and x.size)
+    assert bits((params, state)) == expected
+
+
+@each_row
+def test_a_donated_state_takes_no_hyperparameter_with_it(row):
+    values = {name: jnp.asarray(v) for name, v in row.hyperparameters.items()}
+    tx, params = row.make(**values), random_tree(0, "float32")
+    jax.jit(lambda state: state, donate_argnums=0)(tx.init(params))
+    assert not any(v.is_deleted() for v in values.values())
+    assert not any(p.is_deleted() for p in jax.tree.leaves(params))
+
+
+@each_row
+def test_one_compilation_serves_all_steps(row):
+    traces = 0
+
+    @jax.jit
+    def step(params, state, g):
+        nonlocal traces
+        traces += 1
+        return train_step(tx, params, state, g)
+
+    tx, params = row.make(), random_tree(0, "float32")
+    state = tx.init(params)
+    for g in gradients():
+        params, state = step(params, state, g)
+    assert traces == 1
+
+
+@each_row
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shapes_and_dtypes_are_stable(row, dtype):
+    with precision_of(dtype):
+        tx, params = row.make(), random_tree(0, dtype)
+        state, (g,) = tx.init(params), gradients(dtype, 1)
+
+        @jax.jit
+        def maybe(flag):  # a branch that changed a dtype would not compile
+            return jax.lax.cond(
+                flag,
+                lambda: tx.update(g, state, params),
+                lambda: (g, state),
+            )
+
+        updates, new = maybe(True)
+        assert jax.tree.map(jnp.result_type, updates) == jax.tree.map(
+            jnp.result_type, g
+        )
+        assert jax.tree.structure(new) == jax.tree.structure(state)
+        assert not any(x.weak_type for x in jax.tree.leaves((updates, new)))
+        in_default = jnp.result_type(float)
+        assert optax.tree_utils.tree_get(new, "step").dtype == jnp.int32
+        assert optax.tree_utils.tree_get(new, "eta").dtype == in_default
+        assert optax.tree_utils.tree_get(new, "mu").dtype == in_default
+
+
+@each_row
+@pytest.mark.parametrize("g_dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("p_dtype", ["bfloat16", "float16", "float32"])
+def test_updates_leave_in_the_gradients_dtype(row, p_dtype, g_dtype):
+    tx, params = row.make(), random_tree(0, p_dtype)
+    (g,) = gradients(g_dtype, 1)
+    updates, state = jax.jit(tx.update)(g, tx.init(params), params)
+    assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(g_dtype)}
+    mean = averaged_params(state)
+    assert {x.dtype for x in jax.tree.leaves(mean)} == {jnp.dtype("float32")}
+    back = averaged_params(state, params)
+    assert {x.dtype for x in jax.tree.leaves(back)} == {jnp.dtype(p_dtype)}
+
+
+@each_hyperparameter
+def test_an_injected_hyperparameter_acts_at_once(row, name):
+    params, grads = random_tree(0, "float32"), gradients()
+    injected = optax.inject_hyperparams(row.factory)(
+        **row.hyperparameters, **row.options
+    )
+    step = jax.jit(train_step, static_argnums=0)
+    p, state = train(injected, params, grads, step)
+    changed = row.hyperparameters[name] * 1.5
+    state.hyperparams[name] = jnp.asarray(changed)
+    # The expected step: another transformation, made with the value, on this state.
+    tx = row.make(**{name: changed})
+    expected = step(tx, p, state.inner_state, grads[0])
+    found_p, found = step(injected, p, state, grads[0])
+    assert_close((found_p, found.inner_state), expected, 2e-6, 2e-6)
+    untouched = step(row.make(), p, state.inner_state, grads[0])
+    assert bits(untouched) != bits(expected)
+
+
+@each_row
+@pytest.mark.parametrize("dtype", ["complex64", "bfloat16"])
+def test_inject_hyperparams_in_the_dtype_of_the_params(row, dtype):
+    """optax casts them to it: to complex numbers, to 8 bits of precision."""
+    params, grads = random_tree(0, dtype), gradients(dtype)
+    injected = optax.inject_hyperparams(row.factory)(
+        **row.hyperparameters, **row.options
+    )
+    p, state = train(injected, params, grads, jax.jit(train_step, static_argnums=0))
+    rounded = {
+        name: float(jnp.real(jnp.asarray(v, dtype)))
+        for name, v in row.hyperparameters.items()
+    }
+    expected = train(row.make(**rounded), params, grads)
+    tolerance = 1e-2 if dtype == "bfloat16" else 1e-6
+    assert_close((p, state.inner_state), expected, tolerance, 1e-6)
+
+
+@each_row
+def test_multi_steps(row):
+    params, grads = random_tree(0, "float32"), gradients(steps=8)
+    tx = row.make()
+    multi = optax.MultiSteps(tx, every_k_schedule=2)
+    p, state = train(multi, params, grads, jax.jit(train_step, static_argnums=0))
+    halves = [
+        jax.tree.map(lambda a, b: (a + b) / 2, *pair)
+        for pair in zip(grads[::2], grads[1::2], strict=True)
+    ]
+    expected_p, expected = train(tx, params, halves)
+    assert_close(p, expected_p, 1e-5, 1e-6)
+    assert_close(
+        averaged_params(state, p), averaged_params(expected, expected_p), 1e-5, 1e-6
+    )
+
+
+MASKS = {
+    "prefix": {"a": True, "b": False},
+    "leaf": {"a": {"matrix": True, "scalar": False}, "b": [True, None]},
+    "callable": lambda tree: {"a": True, "b": False},
+}
+
+
+@each_row
+@pytest.mark.parametrize("mask", MASKS)
+def test_masked(row, mask):
+    params, grads = random_tree(0, "float32"), gradients()
+    tx = optax.masked(row.make(), MASKS[mask])
+    p, state = train(tx, params, grads, jax.jit(train_step, static_argnums=0))
+    average = averaged_params(state, p)
+    whole_p, whole = train(row.make(), params, grads)
+    expected = averaged_params(whole, whole_p)
+    assert_close(average["a"]["matrix"], expected["a"]["matrix"], 1e-6, 1e-6)
+    masked_away = average["a"]["scalar"] if mask == "leaf" else average["b"]
+    taken_from = p["a"]["scalar"] if mask == "leaf" else p["b"]
+    assert bits(masked_away) == bits(taken_from)
+    with pytest.raises(ValueError, match="pass `params`"):
+        averaged_params(state)
+
+
+@each_row
+@pytest.mark.parametrize(
+    "labels",
+    [{"a": "one", "b": "two"}, {"a": {"matrix": "one", "scalar": "two"}, "b": "two"}],
+    ids=["prefix", "mixed"],
+)
+def test_partition_merges(row, labels):
+    params, grads = random_tree(0, "float32"), gradients()
+    changed = {name: v / 2 for name, v in row.hyperparameters.items()}
+    one, two = row.make(), row.make(**changed)
+    tx = optax.partition({"one": one, "two": two}, labels)
+    p, state = train(tx, params, grads, jax.jit(train_step, static_argnums=0))
+    ones, twos = (averaged_params(s, q) for q, s in (
+        train(one, params, grads), train(two, params, grads)
+    ))  # fmt: skip
+    choose = jax.tree.map(
+        lambda label, x, y: x if label == "one" else y,
+        jax.tree.broadcast(labels, params, is_leaf=lambda x: x is None),
+        ones,
+        twos,
+    )
+    for found in (averaged_params(state, p), averaged_params(state)):
+        assert_close(found, choose, 1e-6, 1e-6)
+
+
+@each_row
+def test_apply_if_finite(row):
+    params, grads = random_tree(0, "float32"), gradients()
+    tx = optax.apply_if_finite(row.make(), max_consecutive_errors=3)
+    step = jax.jit(train_step, static_argnums=0)
+    bad = jax.tree.map(lambda x: x * jnp.nan, grads[0])
+    found_p, found = train(tx, params, [*grads[:3], bad, *grads[3:]], step)
+    p, state = train(row.make(), params, grads, step)
+    assert_close(averaged_params(found, found_p), averaged_params(state, p), 1e-6, 1e-6)
+
+
+@each_row
+def test_map_params_with_a_tree_of_specs(row):
+    """As for sharding: the specs replace every params-shaped part of the state."""
+    tx, params = optax.chain(optax.clip(1.0), row.make()), random_tree(0, "float32")
+    state = tx.init(params)
+    specs = jax.tree_util.tree_map_with_path(
+        lambda path, _: jax.tree_util.keystr(path), params
+    )
+    mapped = optax.tree_utils.tree_map_params(
+        tx, lambda _, spec: spec, state, specs, transform_non_params=lambda _: None
+    )
+    found = [x for x in jax.tree.leaves(mapped) if isinstance(x, str)]
+    copies = 2 if row.options.get("compensated") else 1
+    assert sorted(found) == sorted(copies * jax.tree.leaves(specs))
+    same = optax.tree_utils.tree_map_params(tx, lambda x: x, state)
+    assert bits(same) == bits(state)
+
+
+@each_row
+@pytest.mark.parametrize("params", [{}, None, {"a": None}, jnp.zeros((0, 3))])
+def test_trees_without_numbers(row, params):
+    tx = row.make()
+    p, state = train(tx, params, [params] * 3, jax.jit(train_step, static_argnums=0))
+    assert jax.tree.structure(averaged_params(state)) == jax.tree.structure(params)
+    assert jax.tree.structure(p) == jax.tree.structure(params)
+
+
+@each_row
+@pytest.mark.parametrize("params", [1.5, np.float32(1.5), np.ones(3)])
+def test_params_that_are_no_jax_arrays(row, params):
+    tx, state = row.make(), None
+    state = tx.init(params)
+    updates, state = tx.update(0.5 * params, state, params)
+    p = optax.apply_updates(params, updates)
+    assert_close(averaged_params(state), p, 1e-7)
+
+
+@each_row
+def test_unknown_extra_arguments_are_ignored(row):
+    tx, params = row.make(), random_tree(0, "float32")
+    (g,) = gradients(steps=1)
+    state = tx.init(params)
+    plain = train_step(tx, params, state, g)
+    assert bits(train_step(tx, params, state, g, value=1.0, other="x")) == bits(plain)
+
+
+@each_row
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
+def test_every_array_of_the_state_takes_its_params_sharding(row, dtype, compiled):
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
+    specs = [("data", "model"), ("model",), (None, "data"), ()]
+    params = {
+        str(spec): jax.device_put(
+            jnp.ones((8, 8), dtype), NamedSharding(mesh, PartitionSpec(*spec))
+        )
+        for spec in specs
+    }
+    tx = row.make()
+    state = (jax.jit(tx.init) if compiled else tx.init)(params)
+    step = jax.jit(train_step, static_argnums=0)
+    for _ in range(2):
+        for path, x in jax.tree_util.tree_leaves_with_path(state):
+            if x.shape == (8, 8):
+                expected = params[path[-1].key].sharding
+                assert x.sharding.is_equivalent_to(expected, 2), path
+        params, state = step(tx, params, state, params)
+
+
+@each_row
+def test_nnx_optimizer(row):
+    nnx = pytest.importorskip("flax.nnx")
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.first = nnx.Linear(2, 3, rngs=rngs)
+            self.rest = nnx.List([nnx.Linear(3, 1, rngs=rngs)])
+
+        def __call__(self, x):
+            return self.rest[0](jnp.tanh(self.first(x)))
+
+    @nnx.jit
+    def step(model, optimizer, x):
+        loss = lambda model: jnp.mean((model(x) - 1.0) ** 2)  # noqa: E731
+        optimizer.update(model, nnx.grad(loss)(model))
+
+    model, x = Model(nnx.Rngs(0)), jnp.arange(8.0).reshape(4, 2)
+    tx = row.make()
+    optimizer = nnx.Optimizer(
+        model, optax.chain(optax.clip_by_global_norm(1.0), tx), wrt=nnx.Param
+    )
+    graph, start = nnx.split(model, nnx.Param)
+    start = jax.tree.map(jnp.copy, start)
+    for _ in range(STEPS):
+        step(model, optimizer, x)
+    params = nnx.state(model, nnx.Param)
+    average = averaged_params(optimizer.opt_state, params)
+    assert jax.tree.structure(average) == jax.tree.structure(params)
+    pure = nnx.to_pure_dict(params)
+    assert bits(averaged_params(optimizer.opt_state, pure)) == bits(average)
+
+    # The same training by hand, on the pure tree.
+    def loss(params):
+        return jnp.mean((nnx.merge(graph, params)(x) - 1.0) ** 2)
+
+    by_hand = optax.chain(optax.clip_by_global_norm(1.0), tx)
+    p, state = start, by_hand.init(start)
+    for _ in range(STEPS):
+        p, state = train_step(by_hand, p, state, jax.grad(loss)(p))
+    assert_close(averaged_params(state, p), average, 1e-5, 1e-6)
+    nnx.update(model, average)  # the network now computes with its average
+    assert bool(jnp.all(jnp.isfinite(model(x))))
+
+
+@each_row
+def test_train_state(row):
+    linen = pytest.importorskip("flax.linen")
+    train_state = pytest.importorskip("flax.training.train_state")
+    model, x = linen.Dense(2), jnp.ones((3, 4))
+    state = train_state.TrainState.create(
+        apply_fn=model.apply, params=model.init(jax.random.key(0), x), tx=row.make()
+    )
+    for _ in range(STEPS):
+        grads = jax.grad(lambda p: jnp.sum(model.apply(p, x) ** 2))(state.params)
+        state = state.apply_gradients(grads=grads)
+    whole = averaged_params(state, state.params)
+    assert bits(whole) == bits(averaged_params(state.opt_state, state.params))
+    assert jax.tree.structure(whole) == jax.tree.structure(state.params)

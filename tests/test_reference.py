@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`asgd` held against the plain reference, step by step, state and params."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from asgd_optax import asgd, averaged_params
+from tests import reference
+from tests.support import precision_of, random_tree, train_step
+
+STEPS = 12
+DTYPES = ["float32", "float64", "complex64", "complex128"]
+
+hyperparameters = st.fixed_dictionaries(
+    {
+        # At most 1 each, so that 1 - eta (lambd + weight_decay) does not amplify.
+        "learning_rate": st.floats(0, 1),
+        "lambd": st.floats(0, 0.5),
+        "alpha": st.floats(0, 3),
+        "t0": st.floats(0, STEPS + 2) | st.integers(0, 10**9) | st.just(np.inf),
+        "weight_decay": st.floats(0, 0.5),
+    }
+)
+
+
+def assert_follows_reference(run, params, gradients, hps, dtype):
+    """Every state and iterate of `run` against the reference's, leaf by leaf."""
+    eps = np.finfo(dtype).eps
+    path = run(hps, params, gradients)
+    leaves, grads = jax.tree.leaves(params), [jax.tree.leaves(g) for g in gradients]
+    for i, leaf in enumerate(leaves):
+        wide = np.result_type(leaf.dtype, np.float64)
+        expected = reference.asgd(
+            np.asarray(leaf, wide), [np.asarray(g[i], wide) for g in grads], **hps
+        )
+        for n, (p, ax, step) in enumerate(expected):
+            found_p, state = path[n]
+            scale = STEPS * eps * (1 + np.max(np.abs(leaf), initial=0) + n)
+            for found, true in ((found_p, p), (averaged_params(state), ax)):
+                found = jax.tree.leaves(found)[i]
+                assert found.dtype == leaf.dtype
+                np.testing.assert_allclose(found, true, rtol=0, atol=scale)
+            assert state.step == step
+            assert state.step.dtype == jnp.int32
+            eta, mu = reference.asgd_schedules(
+                step, **{k: v for k, v in hps.items() if k != "weight_decay"}
+            )
+            np.testing.assert_allclose(state.eta, eta, rtol=8 * eps, atol=1e-37)
+            np.testing.assert_allclose(state.mu, mu, rtol=8 * eps)
+
+
+def trajectory(hps, params, gradients, compensated=False):
+    """The params and the state after each update."""
+    tx = asgd(**hps, compensated=compensated)
+    state, out = tx.init(params), []
+    for g in gradients:
+        params, state = train_step(tx, params, state, g)
+        out.append((params, state))
+    return out
+
+
+@pytest.mark.parametrize("compensated", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_traced_hyperparameters(dtype, compensated):
+    # Hyperparameters as arguments: one compilation for all examples.
+    run = jax.jit(partial(trajectory, compensated=compensated))
+
+    @settings(max_examples=60)
+    @given(hps=hyperparameters, seed=st.integers(0, 2**16))
+    def check(hps, seed):
+        with precision_of(dtype):
+            params = random_tree(seed, dtype)
+            grads = [random_tree((seed, n), dtype) for n in range(STEPS)]
+            # One dtype for all examples, or each would be traced anew.
+            typed = {k: jnp.asarray(v, float) for k, v in hps.items()}
+            rounded = {k: float(v) for k, v in typed.items()}
+            assert_follows_reference(
+                lambda _, p, g: run(typed, p, g), params, grads, rounded, dtype
+            )
+
+    check()
+
+
+@settings(max_examples=15)
+@given(hps=hyperparameters, seed=st.integers(0, 2**16), dtype=st.sampled_from(DTYPES))
+@example(hps={"t0": 1, "lambd": 0.3}, seed=0, dtype="complex64")
+@example(hps={"t0": 10**30}, seed=0, dtype="float32")
+@example(hps={}, seed=0, dtype="float32")
+def test_concrete_hyperparameters(hps, seed, dtype):
+    with precision_of(dtype):
+        params = random_tree(seed, dtype)
+        grads = [random_tree((seed, n), dtype) for n in range(STEPS)]
+        assert_follows_reference(trajectory, params, grads, hps, dtype)
+
+
+def test_schedule():
+    """The step size is the formula with learning_rate(step) in it, at the update's own step."""
+
+    def schedule(step):
+        return 0.5 / (1.0 + step)
+
+    with precision_of("float64"):
+        params, hps = random_tree(0, "float64"), {"lambd": 0.1, "t0": 2}
+        grads = [random_tree(n, "float64") for n in range(STEPS)]
+        hps["learning_rate"] = schedule
+        run = jax.jit(partial(trajectory, hps))
+        assert_follows_reference(
+            lambda _, p, g: run(p, g), params, grads, hps, "float64"
+        )
+
+
+def test_average_is_the_mean_of_the_iterates_from_t0_plus_2():
+    with precision_of("float64"):
+        t0, params = 3, jnp.ones(4)
+        tx, state, iterates = asgd(0.1, t0=t0), None, []
+        state = tx.init(params)
+        for n in range(STEPS):
+            params, state = train_step(tx, params, state, jnp.sin(params + n))
+            iterates.append(params)
+        mean = np.mean(iterates[t0 + 1 :], axis=0)
+        np.testing.assert_allclose(state.ax, mean, rtol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+def test_maximize_is_a_negated_gradient_bit_for_bit(dtype):
+    """What torch's `maximize` does: the gradient is negated before all else."""
+    params, grads = random_tree(0, dtype), random_tree(1, dtype)
+    hps = {"lambd": 0.1, "weight_decay": 0.3}
+    flipped = optax.chain(optax.scale(-1.0), asgd(0.1, **hps))
+    up, _ = flipped.update(grads, flipped.init(params), params)
+    tx = asgd(0.1, **hps)
+    down, _ = tx.update(jax.tree.map(jnp.negative, grads), tx.init(params), params)
+    for a, b in zip(jax.tree.leaves(up), jax.tree.leaves(down), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
