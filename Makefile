@@ -33,7 +33,7 @@ demo: $(VENV)/.examples  ## Train on the digits, print the table, draw out/digit
 	$(BIN)/python examples/digits.py $(ARGS)
 
 .PHONY: test
-test: $(VENV)/.test  ## Run all tests and doctests
+test: $(VENV)/.test  ## Run the tests and doctests
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 .PHONY: lint

@@ -24,8 +24,9 @@ def check_hyperparameter(name: str, value: Any, *, may_be_inf: bool = False) -> 
     number = float(np.real(value))
     if not number >= 0:
         raise ValueError(f"{name} must not be negative or NaN; got {value}")
-    if number == np.inf and not may_be_inf:
-        raise ValueError(f"{name} must be finite; got {value}")
+    largest = jnp.finfo(jnp.result_type(float))
+    if number > float(largest.max) and not may_be_inf:
+        raise ValueError(f"{name} must be finite in {largest.dtype}; got {value}")
 
 
 def check_params(params: Any) -> None:

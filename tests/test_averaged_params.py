@@ -102,10 +102,12 @@ def test_params_that_do_not_fit(params, message):
         averaged_params(state, params)
 
 
+@pytest.mark.flax
 def test_the_tree_type_is_that_of_params():
+    from flax.core import FrozenDict
+
     params = {"w": jnp.ones(3, jnp.bfloat16), "b": jnp.ones((), jnp.float16)}
     _, state = trained(asgd(0.1, t0=0), params)
-    FrozenDict = pytest.importorskip("flax.core").FrozenDict  # noqa: N806
     frozen = FrozenDict(params)
     average = averaged_params(state, frozen)
     assert jax.tree.structure(average) == jax.tree.structure(frozen)

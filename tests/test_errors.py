@@ -24,12 +24,14 @@ def test_negative_or_nan(name, value, convert):
 
 
 @pytest.mark.parametrize("name", HYPERPARAMETERS)
-def test_infinite(name):
+@pytest.mark.parametrize("value", [np.inf, 1e39])
+def test_infinite(name, value):
+    """In float32, in which it will be used."""
     if name == "t0":
-        asgd(t0=np.inf)
+        asgd(t0=value)
     else:
-        with pytest.raises(ValueError, match=f"^{name} must be finite"):
-            asgd(**{name: np.inf})
+        with pytest.raises(ValueError, match=f"^{name} must be finite in float32"):
+            asgd(**{name: value})
 
 
 @pytest.mark.parametrize("name", HYPERPARAMETERS)

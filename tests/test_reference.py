@@ -101,7 +101,7 @@ def test_concrete_hyperparameters(hps, seed, dtype):
 
 
 def test_schedule():
-    """The step size is the formula with learning_rate(step) in it, at the update's own step."""
+    """The step size is the formula with learning_rate(step) for learning_rate."""
 
     def schedule(step):
         return 0.5 / (1.0 + step)

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`asgd` against `torch.optim.ASGD`: recorded, and live where torch is installed."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from asgd_optax import asgd, averaged_params
+from tests.support import precision_of, train_step
+from tools.record_torch_fixtures import (
+    CASES,
+    CHECKPOINTS,
+    DTYPES,
+    FIXTURES,
+    LONG_CASE,
+    LONG_SHAPES,
+    LONG_STEPS,
+    RECIPE,
+    RUNS,
+    TORCH_CASES,
+    Case,
+    draw_problem,
+    run_torch,
+)
+
+LIVE_CHECKPOINTS = tuple(range(50, 401, 50))
+
+EPS = {dtype: float(np.finfo(dtype).eps) for dtype in DTYPES}
+# Two right programs drift apart at random, by half an eps a step or so. In single
+# precision torch's for-loop drifts in one direction besides: it rounds the factor
+# 1 - lambd eta to a multiple of eps / 2, an error of up to eps / 4 at every step.
+# An eps a step, and 400 steps at most, leave room for both.
+TOLERANCES = {dtype: 400 * eps if eps > 1e-10 else 2e-14 for dtype, eps in EPS.items()}
+
+
+def relative_difference(actual, expected):
+    """Max |actual - expected| / max |expected| of two arrays; 0 of empty ones."""
+    if expected.size == 0:
+        return 0.0
+    difference = actual.astype(np.complex128) - expected.astype(np.complex128)
+    return np.max(np.abs(difference)) / np.max(np.abs(expected))
+
+
+def learning_rate(case, steps):
+    """That of `case`: where torch's scheduler acts, a schedule lagged by one.
+
+    At the end of a step torch computes the eta of the next one, and only then does
+    its scheduler set the next lr.
+    """
+    rate = case.arguments.get("lr", 1e-2)
+    if case.scheduler is None:
+        return rate
+    _, options = case.scheduler
+    # The products that torch forms. A schedule written as a power would in float32
+    # be off by as many eps as its exponent.
+    every = options.get("step_size", 1)
+    factors = [1 if n % every else options["gamma"] for n in range(1, steps)]
+    table = np.cumprod([rate, *factors])
+
+    def schedule(n):
+        return jnp.asarray(table)[n]
+
+    return lambda n: schedule(jnp.maximum(n - 1, 0))
+
+
+def run_asgd(case, params, gradients, checkpoints, **options):
+    """What `run_torch` returns, of `asgd` with further `options`."""
+    arguments = {k: v for k, v in case.arguments.items() if k not in ("lr", "maximize")}
+    sign = -1.0 if case.arguments.get("maximize") else 1.0
+    rate = learning_rate(case, max(checkpoints))
+    tx = optax.chain(optax.scale(sign), asgd(rate, **arguments, **options))
+    step_fn = jax.jit(functools.partial(train_step, tx))
+    rows = {}
+    with precision_of(next(iter(params.values())).dtype):
+        state = tx.init(params)
+        for step in range(1, max(checkpoints) + 1):
+            gradient = {name: g[step - 1] for name, g in gradients.items()}
+            params, state = step_fn(params, state, gradient)
+            if step not in checkpoints:
+                continue
+            for name, weight in params.items():
+                rows.setdefault(f"params/{name}", []).append(weight)
+            for name, average in averaged_params(state).items():
+                rows.setdefault(f"ax/{name}", []).append(average)
+            for name in ("eta", "mu", "step"):
+                rows.setdefault(name, []).append(getattr(state[-1], name))
+    return {name: np.stack(row) for name, row in rows.items()}
+
+
+@functools.cache
+def recorded():
+    with np.load(FIXTURES) as arrays:
+        return dict(arrays)
+
+
+def assert_same_trajectory(actual, expected, dtype, foreach):
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        where = f"{name}, foreach={foreach}"
+        if name in ("step", "mu"):
+            np.testing.assert_array_equal(actual[name], expected[name], where)
+            continue
+        assert actual[name].dtype == expected[name].dtype, where
+        assert actual[name].shape == expected[name].shape, where
+        # An eta is one power, computed anew at each step: nothing accumulates.
+        tolerance = 2 * EPS[dtype] if name == "eta" else TOLERANCES[dtype]
+        rows = zip(actual[name], expected[name], strict=True)
+        differences = [relative_difference(ours, torchs) for ours, torchs in rows]
+        assert np.max(differences) <= tolerance, where
+
+
+def test_fixtures_are_of_these_cases():
+    assert recorded()["recipe"] == RECIPE, "run tools/record_torch_fixtures.py"
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reproduces_recorded_torch(name, dtype):
+    actual = run_asgd(CASES[name], *draw_problem(dtype, max(CHECKPOINTS)), CHECKPOINTS)
+    for foreach in (False, True):
+        run = RUNS.index((name, foreach))
+        expected = {
+            key.removeprefix(f"{dtype}/"): rows[run]
+            for key, rows in recorded().items()
+            if key.startswith(f"{dtype}/")
+        }
+        assert_same_trajectory(actual, expected, dtype, foreach)
+
+
+def test_long_float32_average_is_as_accurate_as_torchs():
+    params, gradients = draw_problem("float32", LONG_STEPS, LONG_SHAPES)
+    exact = recorded()["long/ax"]
+
+    def rms_error(**options):
+        run = run_asgd(LONG_CASE, params, gradients, (LONG_STEPS,), **options)
+        return np.sqrt(np.mean((run["ax/vector"][-1] - exact) ** 2))
+
+    for_loop = recorded()["long/rms/for-loop"]
+    foreach = recorded()["long/rms/foreach"]
+    # foreach rounds as often as we do. The ratio of two rms errors, each over n
+    # independent elements, has a standard error of n ** -0.5.
+    assert rms_error() < min(for_loop, foreach * (1 + 3 * exact.size**-0.5))
+    assert rms_error(compensated=True) < min(for_loop, foreach)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reproduces_live_torch(name, dtype):
+    pytest.importorskip("torch")
+    problem = draw_problem(dtype, max(LIVE_CHECKPOINTS))
+    actual = run_asgd(CASES[name], *problem, LIVE_CHECKPOINTS)
+    for foreach in (False, True):
+        expected = run_torch(
+            CASES[name], *problem, foreach=foreach, checkpoints=LIVE_CHECKPOINTS
+        )
+        assert_same_trajectory(actual, expected, dtype, foreach)
+
+
+@pytest.mark.torch
+def test_cases_hold_torchs_own_list():
+    pytest.importorskip("torch")
+    pytest.importorskip("expecttest", reason="torch.testing._internal imports it")
+    from torch.testing._internal import common_optimizers
+
+    inputs = common_optimizers.optim_inputs_func_asgd("cpu")
+    assert {i.desc: Case(i.kwargs) for i in inputs} == TORCH_CASES
