@@ -5,5 +5,13 @@ from asgd_optax._accessor import averaged_params as averaged_params
 from asgd_optax._asgd import ASGDState as ASGDState
 from asgd_optax._asgd import asgd as asgd
 from asgd_optax._averaging import CompensatedMean as CompensatedMean
+from asgd_optax._iterates import AverageIteratesState as AverageIteratesState
+from asgd_optax._iterates import average_iterates as average_iterates
+from asgd_optax._running import RunningAverage as RunningAverage
+from asgd_optax._running import RunningAverageState as RunningAverageState
+from asgd_optax._running import running_average as running_average
+from asgd_optax._weightings import exponential_weighting as exponential_weighting
+from asgd_optax._weightings import polynomial_weighting as polynomial_weighting
+from asgd_optax._weightings import uniform_weighting as uniform_weighting
 
 __version__ = "0.1.0"

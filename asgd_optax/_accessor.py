@@ -10,9 +10,10 @@ import optax
 
 from asgd_optax._asgd import ASGDState
 from asgd_optax._averaging import mean_value
+from asgd_optax._iterates import AverageIteratesState
 
 # The field of each averaging state that holds its mean.
-_MEAN_FIELDS = {ASGDState: "ax"}
+_MEAN_FIELDS = {ASGDState: "ax", AverageIteratesState: "average"}
 
 # The key under which a variable of Flax NNX holds its array.
 _BOXED = jax.tree_util.GetAttrKey("value")
@@ -70,8 +71,8 @@ def averaged_params(opt_state: Any, params: Any = None) -> Any:
     ]
     if not states:
         raise ValueError(
-            "opt_state holds no averaging state: is asgd part of the optimizer, and is"
-            " this the state that its `init` or `update` returned?"
+            "opt_state holds no averaging state: is asgd or average_iterates part of"
+            " the optimizer, and is this the state its `init` or `update` returned?"
         )
     means = [
         (path, mean_value(getattr(node, _MEAN_FIELDS[type(node)])))
@@ -107,10 +108,7 @@ def _merge(at: tuple[Any, ...], means: list[tuple[Any, Any]], params: Any) -> An
         if level is None and list(children) == [_BOXED]:
             level = {_BOXED: mean}
         if level is None or level.keys() != children.keys():
-            raise ValueError(
-                f"the average and the parameters differ in structure at {name}:"
-                f" {jax.tree.structure(mean)} against {treedef}"
-            )
+            raise ValueError(_misfit(name, mean, level, children))
         levels.append((where, level))
     merged = [
         _merge(
@@ -123,13 +121,23 @@ def _merge(at: tuple[Any, ...], means: list[tuple[Any, Any]], params: Any) -> An
     return jax.tree.unflatten(treedef, merged)
 
 
+def _misfit(name: str, mean: Any, level: Any, children: Any) -> str:
+    """Says how a mean departs from the structure it should have, at one level."""
+    prefix = f"the average and the parameters differ in structure at {name}: "
+    if level is None:
+        return prefix + f"the average is a {type(mean).__name__}"
+    lacking = [jax.tree_util.keystr((key,)) for key in children.keys() - level.keys()]
+    besides = [jax.tree_util.keystr((key,)) for key in level.keys() - children.keys()]
+    return prefix + f"the average lacks {lacking} and has {besides} besides"
+
+
 def _merge_leaf(name: str, means: list[tuple[Any, Any]], params: Any) -> Any:
     """The one mean of a leaf, in the dtype of its parameter where that is known."""
     if len(means) > 1:
-        places = " and ".join(f"opt_state{jax.tree_util.keystr(w)}" for w, _ in means)
+        places = [f"opt_state{jax.tree_util.keystr(where)}" for where, _ in means]
         raise ValueError(
-            f"{places} both average {name}: pass the sub-state wanted, such as"
-            " averaged_params(opt_state[2], params); optax.named_chain gives them names"
+            f"{' and '.join(places)} both average {name}: pass the sub-state wanted, as"
+            f" in averaged_params({places[-1]}, params); optax.named_chain names them"
         )
     mean = means[0][1]
     if params is _MISSING:

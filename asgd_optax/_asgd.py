@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from asgd_optax import _averaging, _checks
+from asgd_optax._steps import float_of, split_start
 
 
 class ASGDState(NamedTuple):
@@ -149,7 +149,7 @@ def asgd(
         step = jnp.asarray(state.step)
         eta, mu = eta_and_mu(step)
         # (1 - lambd eta) p - eta (g + wd p) - p, without its cancellation.
-        decay = _float(lambd) + _float(weight_decay)
+        decay = float_of(lambd) + float_of(weight_decay)
 
         def descend(g: jax.Array, p: jax.Array) -> jax.Array:
             return -eta.astype(g.dtype) * (g + decay.astype(g.dtype) * p)
@@ -160,7 +160,7 @@ def asgd(
             return _averaging.on_real_parts(descend, g, p)
 
         steps = jax.tree.map(step_of, updates, params)
-        steps = _averaging.round_updates(steps, updates, step)
+        steps = _averaging.round_updates(steps, updates)
         iterates = optax.apply_updates(params, steps)
         ax = _averaging.update_mean(state.ax, iterates, mu)
         step = optax.safe_increment(step)
@@ -169,37 +169,14 @@ def asgd(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _float(value: Any) -> jax.Array:
-    """A hyperparameter in JAX's default float dtype.
-
-    `optax.inject_hyperparams` makes it complex where the parameters are.
-    """
-    return jnp.real(jnp.asarray(value)).astype(jnp.result_type(float))
-
-
 def _step_size(step: jax.Array, rate: Any, lambd: Any, alpha: Any) -> jax.Array:
-    """Lr / (1 + lambd lr t)^alpha."""
-    rate, lambd, alpha = _float(rate), _float(lambd), _float(alpha)
+    """lr / (1 + lambd lr t)^alpha."""
+    rate, lambd, alpha = float_of(rate), float_of(lambd), float_of(alpha)
     return rate / (1 + lambd * rate * step.astype(rate.dtype)) ** alpha
 
 
 def _weight(step: jax.Array, t0: Any) -> jax.Array:
-    """1 / max(1, t - t0), exact at every int32 `step`.
-
-    Above 2**24 float32 holds no odd number, so the whole part of `t0` is
-    subtracted in integers, of a float32 `t0` as well.
-    """
-    last = np.iinfo(np.int32).max
-    xp: Any = np
-    if _checks.is_traced(t0):
-        xp, t0 = jnp, jnp.real(t0)
-        if jnp.issubdtype(t0.dtype, jnp.integer):
-            t0 = t0.astype(jnp.result_type(int))
-    else:
-        t0 = np.float64(np.real(t0))
-    never = t0 >= last
-    reached = xp.where(never, 0, t0)
-    whole = reached if xp.issubdtype(t0.dtype, xp.integer) else xp.floor(reached)
-    fraction = jnp.asarray(reached - whole, dtype=jnp.result_type(float))
-    since = (step - whole.astype(np.int32)).astype(fraction.dtype) - fraction
-    return jnp.reciprocal(jnp.maximum(1, jnp.where(never, 0, since)))
+    """1 / max(1, t - t0)."""
+    whole, fraction = split_start(t0)
+    since = (step - whole).astype(fraction.dtype) - fraction
+    return jnp.reciprocal(jnp.maximum(1, since))

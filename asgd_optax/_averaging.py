@@ -56,20 +56,17 @@ def init_mean(params: Any, accumulator_dtype: Any, compensated: bool) -> Any:
     return CompensatedMean(value, zero)
 
 
-def round_updates(updates: Any, dtypes_of: Any, step: jax.Array) -> Any:
+def round_updates(updates: Any, dtypes_of: Any) -> Any:
     """`updates` rounded to the dtypes of the tree `dtypes_of`, inside a fusion too.
 
     Args:
       updates: pytree of floating or complex arrays.
       dtypes_of: pytree of arrays whose dtypes are no wider than the updates'.
-      step: a counter of the state; never negative, but no compiler knows that.
     """
-    # -0.0 is the one number whose addition changes nothing, zeros included.
-    nothing = jnp.where(jnp.asarray(step) >= 0, -0.0, 1.0)
 
     def leaf(u: Any, like: Any) -> jax.Array:
-        dtype = jnp.result_type(like)
-        return _rounded(jnp.asarray(u), dtype, nothing).astype(dtype)
+        u, dtype = jnp.asarray(u), jnp.result_type(like)
+        return _rounded(u.astype(wide_dtype(u)), dtype).astype(dtype)
 
     return jax.tree.map(leaf, updates, dtypes_of)
 
@@ -139,7 +136,9 @@ def _compensated(
         # inputs are selected, not its outputs: on outputs XLA spends another pass.
         start = jnp.where(w == 1, x, v)
         increment = jnp.where(w == 1, -0.0, w * ((x - v) - r) + r)
-        total = _rounded(start + increment, stored_dtype)
+        total = start + increment
+        if total.dtype != stored_dtype:
+            total = _rounded(total, stored_dtype)
         return total, (start - total) + increment
 
     value, residual = jnp.asarray(value), jnp.asarray(residual)
@@ -152,27 +151,29 @@ def _compensated(
 
 
 def _widened(iterate: jax.Array, wide: Any) -> jax.Array:
-    """`iterate` in a wider dtype, with the rounding to its own."""
+    """`iterate` in a dtype as wide or wider, with the rounding to its own."""
+    if iterate.dtype == wide:
+        return iterate
     return _rounded(iterate.astype(wide), iterate.dtype)
 
 
-def _rounded(x: jax.Array, dtype: Any, nothing: jax.Array | None = None) -> jax.Array:
+def _rounded(x: jax.Array, dtype: Any) -> jax.Array:
     """`x`, in its own dtype, rounded to the precision of a narrower or equal one.
 
     Args:
       x: array of any floating or complex dtype.
       dtype: floating or complex dtype of the precision wanted.
-      nothing: -0.0 that the compiler takes for any number; where given, `x` is
-        rounded to its own precision too.
     """
     narrow, wide = jnp.finfo(dtype), jnp.finfo(x.dtype)
 
     def f(x: jax.Array) -> jax.Array:
         if narrow.dtype == wide.dtype:
             # The product that made `x` is contracted with this sum, if at all, and
-            # so rounded before the next. (A factor 1 would not do: XLA moves
-            # constants outwards, past it.)
-            return x if nothing is None else x + nothing.astype(x.dtype)
+            # so rounded before the next. Adding -0.0 changes no number, and NaN is
+            # what keeps a compiler from knowing that it is all that is added.
+            nothing = jnp.where(x == x, -0.0, 1.0).astype(x.dtype)
+            # On the CPU a sum flushes subnormals, and a comparison does too.
+            return jnp.where(x == 0, x, x + nothing)
         rounded = jax.lax.reduce_precision(x, narrow.nexp, narrow.nmant)
         if narrow.nexp == wide.nexp:
             return rounded
@@ -203,11 +204,14 @@ def check_accumulator_dtype(accumulator_dtype: Any) -> None:
     if accumulator_dtype is None:
         return
     try:
-        floating = jnp.issubdtype(jnp.dtype(accumulator_dtype), jnp.inexact)
+        # A type that `optax.inject_hyperparams` took for a schedule is an array here.
+        floating = not isinstance(accumulator_dtype, jax.Array) and jnp.issubdtype(
+            jnp.dtype(accumulator_dtype), jnp.inexact
+        )
     except TypeError:
         floating = False
     if not floating:
         raise ValueError(
-            "accumulator_dtype must name a floating dtype, such as 'float32';"
-            f" got {accumulator_dtype!r}"
+            "accumulator_dtype must name a floating dtype, such as 'float32' (a string"
+            f" under optax.inject_hyperparams); got {accumulator_dtype!r}"
         )

@@ -13,6 +13,15 @@ def is_traced(value: Any) -> bool:
     return isinstance(value, jax.core.Tracer)
 
 
+def concrete(value: Any) -> np.float64:
+    """A number that is not traced; of a complex one the real part.
+
+    By way of NumPy: inside of a trace JAX would make a tracer of a concrete array.
+    `optax.inject_hyperparams` makes numbers complex where the parameters are.
+    """
+    return np.float64(np.real(np.asarray(value)))
+
+
 def check_hyperparameter(name: str, value: Any, *, may_be_inf: bool = False) -> None:
     """Raises unless `value` is a nonnegative scalar; of a traced one, a scalar."""
     if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
@@ -21,7 +30,7 @@ def check_hyperparameter(name: str, value: Any, *, may_be_inf: bool = False) -> 
         raise ValueError(f"{name} must be a scalar; got shape {np.shape(value)}")
     if is_traced(value):
         return
-    number = float(np.real(value))
+    number = concrete(value)
     if not number >= 0:
         raise ValueError(f"{name} must not be negative or NaN; got {value}")
     largest = jnp.finfo(jnp.result_type(float))
@@ -29,25 +38,38 @@ def check_hyperparameter(name: str, value: Any, *, may_be_inf: bool = False) -> 
         raise ValueError(f"{name} must be finite in {largest.dtype}; got {value}")
 
 
-def check_params(params: Any) -> None:
+def check_count(name: str, value: Any, *, at_least: int) -> None:
+    """Raises unless `value` is a whole number (or `inf`) of at least `at_least`."""
+    check_hyperparameter(name, value, may_be_inf=True)
+    if is_traced(value):
+        return
+    number = concrete(value)
+    if number < at_least:
+        raise ValueError(f"{name} must be at least {at_least}; got {value}")
+    if number != np.inf and number % 1:
+        raise ValueError(f"{name} must be a whole number; got {value}")
+
+
+def check_params(params: Any, name: str = "params") -> None:
     """Raises unless every leaf of `params` is a floating or complex array."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         dtype = _dtype(leaf)
         if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
             raise TypeError(
-                f"params{jax.tree_util.keystr(path)} is"
+                f"{name}{jax.tree_util.keystr(path)} is"
                 f" {type(leaf).__name__ if dtype is None else dtype}: only floating"
-                " and complex arrays can be averaged (optax.masked leaves others out)"
+                " and complex arrays can be averaged"
             )
 
 
-def check_fits(name: str, tree: Any, params: Any) -> None:
+def check_fits(name: str, tree: Any, params: Any, *, against: str = "params") -> None:
     """Raises unless `tree` has the structure, shapes and kind of `params`.
 
     Args:
       name: what `tree` is, for the message.
       tree: gradients, updates or an average.
-      params: the parameters.
+      params: what it must fit.
+      against: what `params` is, for the message.
     """
     if params is None and jax.tree.leaves(tree):
         raise ValueError(
@@ -58,39 +80,45 @@ def check_fits(name: str, tree: Any, params: Any) -> None:
     try:
         jax.tree_util.tree_map_with_path(lambda *row: rows.append(row), params, tree)
     except (ValueError, TypeError) as error:
-        raise ValueError(_misfit(name, tree, params)) from error
+        raise ValueError(_misfit(name, tree, against, params)) from error
     for path, param, leaf in rows:
         where = f"{name}{jax.tree_util.keystr(path)}"
+        other = f"{against}{jax.tree_util.keystr(path)}"
+        if hasattr(leaf, "todense"):
+            raise TypeError(
+                f"{where} is a {type(leaf).__name__}: sparse gradients must be made"
+                " dense first, as by `.todense()`"
+            )
         dtype = _dtype(leaf)
         if dtype is None:
-            raise TypeError(
-                f"{where} is a {type(leaf).__name__}, not an array (a sparse gradient"
-                " must be made dense first, as by `.todense()`)"
+            raise ValueError(
+                f"{name} and {against} differ in structure: {where} is a"
+                f" {type(leaf).__name__}, {other} an array"
             )
         if np.shape(leaf) != np.shape(param):
             raise ValueError(
-                f"{where} has shape {np.shape(leaf)}, its parameter {np.shape(param)}"
+                f"{where} has shape {np.shape(leaf)}, {other} {np.shape(param)}"
             )
         expected = _dtype(param)
         if not jnp.issubdtype(dtype, jnp.inexact) or (
             jnp.issubdtype(dtype, jnp.complexfloating)
             != jnp.issubdtype(expected, jnp.complexfloating)
         ):
-            raise TypeError(f"{where} is {dtype}, its parameter {expected}")
+            raise TypeError(f"{where} is {dtype}, {other} {expected}")
 
 
-def _misfit(name: str, tree: Any, params: Any) -> str:
+def _misfit(name: str, tree: Any, against: str, params: Any) -> str:
     """Says where the structure of `tree` first departs from that of `params`."""
     here = [p for p, _ in jax.tree_util.tree_leaves_with_path(tree)]
     there = [p for p, _ in jax.tree_util.tree_leaves_with_path(params)]
-    prefix = f"{name} and params differ in structure: "
+    prefix = f"{name} and {against} differ in structure: "
     for path in there:
         # A leaf below the path is a container in the place of the array.
         if not any(other[: len(path)] == path for other in here):
             return prefix + f"{name} has no leaf {jax.tree_util.keystr(path)}"
     for path in here:
         if not any(path[: len(other)] == other for other in there):
-            return prefix + f"params have no leaf {jax.tree_util.keystr(path)}"
+            return prefix + f"{against} has no leaf {jax.tree_util.keystr(path)}"
     return prefix + f"{jax.tree.structure(tree)} against {jax.tree.structure(params)}"
 
 

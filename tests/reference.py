@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The methods in plain float64 NumPy, written from their equations."""
 
+import math
+
 import numpy as np
 
 
@@ -39,3 +41,25 @@ def asgd(params, gradients, **hyperparameters):
     for g in gradients:
         p, ax, step = asgd_step(p, g, ax, step, **hyperparameters)
         yield p, ax, step
+
+
+def average_iterates(iterates, weighting, parameter=None, start=0, every=1):
+    """Yields the average after each iterate, as a sum over those stored."""
+    for step in range(1, len(iterates) + 1):
+        count = 0 if step < start else int((step - start) // every)
+        if count == 0:  # until the first averaged iterate the average follows
+            yield iterates[step - 1]
+            continue
+        steps = int(start) + every * np.arange(1, count + 1)
+        shares = weighting_shares(weighting, parameter, count)
+        yield np.average(np.asarray(iterates)[steps - 1], axis=0, weights=shares)
+
+
+def weighting_shares(weighting, parameter, count):
+    """What each of `count` averaged iterates counts in the end, up to a factor."""
+    n = range(1, count + 1)
+    if weighting == "uniform":
+        return [1.0 for _ in n]
+    if weighting == "polynomial":  # n^gamma as a rising factorial
+        return [math.exp(math.lgamma(k + parameter) - math.lgamma(k)) for k in n]
+    return [parameter ** (count - k) for k in n]

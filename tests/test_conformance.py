@@ -173,15 +173,23 @@ def test_shapes_and_dtypes_are_stable(row, dtype):
         )
         assert jax.tree.structure(new) == jax.tree.structure(state)
         assert not any(x.weak_type for x in jax.tree.leaves((updates, new)))
-        in_default = jnp.result_type(float)
         assert optax.tree_utils.tree_get(new, "step").dtype == jnp.int32
-        assert optax.tree_utils.tree_get(new, "eta").dtype == in_default
-        assert optax.tree_utils.tree_get(new, "mu").dtype == in_default
+        for name in ("eta", "mu"):
+            found = optax.tree_utils.tree_get(new, name)
+            assert found is None or found.dtype == jnp.result_type(float)
 
 
 @each_row
-@pytest.mark.parametrize("g_dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("p_dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(
+    ("p_dtype", "g_dtype"),
+    [
+        ("bfloat16", "bfloat16"),
+        ("bfloat16", "float32"),
+        ("float16", "float16"),
+        ("float32", "bfloat16"),
+        ("float32", "float16"),
+    ],
+)
 def test_updates_leave_in_the_gradients_dtype(row, p_dtype, g_dtype):
     tx, params = row.make(), random_tree(0, p_dtype)
     (g,) = gradients(g_dtype, 1)
@@ -213,7 +221,7 @@ def test_an_injected_hyperparameter_acts_at_once(row, name):
 
 
 @each_row
-@pytest.mark.parametrize("dtype", ["complex64", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["complex64", "bfloat16", "float16"])
 def test_inject_hyperparams_in_the_dtype_of_the_params(row, dtype):
     """optax casts them to it: to complex numbers, to 8 bits of precision."""
     params, grads = random_tree(0, dtype), gradients(dtype)
@@ -226,7 +234,7 @@ def test_inject_hyperparams_in_the_dtype_of_the_params(row, dtype):
         for name, v in row.hyperparameters.items()
     }
     expected = train(row.make(**rounded), params, grads)
-    tolerance = 1e-2 if dtype == "bfloat16" else 1e-6
+    tolerance = 1e-6 if dtype == "complex64" else 1e-2
     assert_close((p, state.inner_state), expected, tolerance, 1e-6)
 
 
@@ -354,7 +362,7 @@ def test_unknown_extra_arguments_are_ignored(row):
 
 @each_row
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_array_of_the_state_takes_its_params_sharding(row, dtype, compiled):
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 

@@ -9,7 +9,7 @@ import pytest
 from jax.experimental import sparse
 
 from asgd_optax import asgd
-from tests.support import bits
+from tests.support import assert_close, bits
 
 HYPERPARAMETERS = ["learning_rate", "lambd", "alpha", "t0", "weight_decay"]
 PARAMS = {"w": jnp.ones((2, 3)), "b": [jnp.ones(3)]}
@@ -48,6 +48,20 @@ def test_not_a_scalar(name):
 
 
 @pytest.mark.parametrize("name", HYPERPARAMETERS)
+def test_a_concrete_array_serves_inside_a_trace(name):
+    """Where JAX would make a tracer of whatever is computed from it."""
+    value = jnp.asarray(0.5)
+    tx = asgd(**{name: value})
+    expected = asgd(**{name: 0.5}).update(PARAMS, tx.init(PARAMS), PARAMS)
+    for update in (tx.update, lambda *args: asgd(**{name: value}).update(*args)):
+        found = jax.jit(update)(PARAMS, tx.init(PARAMS), PARAMS)
+        assert_close(found, expected, 1e-6)
+    negative = -value
+    with pytest.raises(ValueError, match=name):
+        jax.jit(lambda p: asgd(**{name: negative}).init(p))(PARAMS)
+
+
+@pytest.mark.parametrize("name", HYPERPARAMETERS)
 def test_zero_is_allowed_and_a_traced_value_is_not_inspected(name):
     asgd(**{name: 0})
     jax.jit(lambda value: asgd(**{name: value}).init(PARAMS))(-1.0)
@@ -57,6 +71,9 @@ def test_zero_is_allowed_and_a_traced_value_is_not_inspected(name):
 def test_accumulator_dtype(dtype):
     with pytest.raises(ValueError, match="^accumulator_dtype must name a floating"):
         asgd(accumulator_dtype=dtype)
+    injected = optax.inject_hyperparams(asgd)(accumulator_dtype=jnp.float32)
+    with pytest.raises(ValueError, match="a string under optax.inject_hyperparams"):
+        injected.init(PARAMS)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +101,7 @@ def test_missing_params():
         (
             {"w": jnp.ones((3, 2)), "b": [jnp.ones(3)]},
             ValueError,
-            r"^updates\['w'\] has shape \(3, 2\), its parameter \(2, 3\)",
+            r"^updates\['w'\] has shape \(3, 2\), params\['w'\] \(2, 3\)",
         ),
         (
             {"w": jnp.ones(()), "b": [jnp.ones(3)]},
@@ -95,23 +112,28 @@ def test_missing_params():
         (
             {**PARAMS, "c": jnp.ones(1)},
             ValueError,
-            r"params have no leaf \['c'\]",
+            r"params has no leaf \['c'\]",
         ),
         ({"w": PARAMS["w"], "b": (jnp.ones(3),)}, ValueError, "differ in structure"),
         (
+            {"w": {"x": jnp.ones(3)}, "b": [jnp.ones(3)]},
+            ValueError,
+            r"updates\['w'\] is a dict, params\['w'\] an array",
+        ),
+        (
             {"w": None, "b": [jnp.ones(3)]},
-            TypeError,
-            r"^updates\['w'\] is a NoneType, not an array",
+            ValueError,
+            r"updates\['w'\] is a NoneType, params\['w'\] an array",
         ),
         (
             {"w": jnp.ones((2, 3), int), "b": [jnp.ones(3)]},
             TypeError,
-            r"^updates\['w'\] is int32, its parameter float32",
+            r"^updates\['w'\] is int32, params\['w'\] float32",
         ),
         (
             {"w": jnp.ones((2, 3), jnp.complex64), "b": [jnp.ones(3)]},
             TypeError,
-            r"^updates\['w'\] is complex64, its parameter float32",
+            r"^updates\['w'\] is complex64, params\['w'\] float32",
         ),
     ],
 )

@@ -6,7 +6,13 @@ from typing import Any, NamedTuple
 
 import optax
 
-from asgd_optax import asgd
+from asgd_optax import (
+    asgd,
+    average_iterates,
+    exponential_weighting,
+    polynomial_weighting,
+    uniform_weighting,
+)
 
 
 class Row(NamedTuple):
@@ -33,8 +39,37 @@ _ASGD = {
     "weight_decay": 0.1,
 }
 
+
+def _uniform(learning_rate, start=1, every=1, compensated=False):
+    return optax.chain(
+        optax.sgd(learning_rate),
+        average_iterates(
+            uniform_weighting(), start=start, every=every, compensated=compensated
+        ),
+    )
+
+
+def _polynomial(learning_rate, gamma, start=1):
+    return optax.chain(
+        optax.sgd(learning_rate),
+        average_iterates(polynomial_weighting(gamma), start=start),
+    )
+
+
+def _exponential(learning_rate, decay, start=1):
+    return optax.chain(
+        optax.sgd(learning_rate),
+        average_iterates(exponential_weighting(decay), start=start),
+    )
+
+
 ROWS = [
     Row("asgd", asgd, _ASGD, {}),
     Row("asgd-compensated", asgd, _ASGD, {"compensated": True}),
     Row("asgd-float32", asgd, _ASGD, {"accumulator_dtype": "float32"}),
+    Row("uniform", _uniform, {"learning_rate": 0.3}, {}),
+    Row("uniform-every", _uniform, {"learning_rate": 0.3}, {"every": 2}),
+    Row("uniform-compensated", _uniform, {"learning_rate": 0.3}, {"compensated": True}),
+    Row("polynomial", _polynomial, {"learning_rate": 0.3, "gamma": 1.5}, {}),
+    Row("exponential", _exponential, {"learning_rate": 0.3, "decay": 0.4}, {}),
 ]

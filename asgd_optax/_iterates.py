@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Averaging behind any optimizer."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from asgd_optax import _averaging, _checks, _weightings
+from asgd_optax._steps import split_start
+
+
+class AverageIteratesState(NamedTuple):
+    """State of `average_iterates`.
+
+    Attributes:
+      step: number of finished updates. Shape (), int32; stays at 2**31 - 1.
+      average: the average, in the shapes of the parameters and the dtypes that
+        `ASGDState.ax` has; a `CompensatedMean` of two such trees where
+        `compensated`.
+    """
+
+    step: jax.Array
+    average: Any
+
+
+def average_iterates(
+    weighting: _weightings.Weighting | None = None,
+    *,
+    start: jax.typing.ArrayLike = 0,
+    every: jax.typing.ArrayLike = 1,
+    accumulator_dtype: Any = None,
+    compensated: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Polyak-Ruppert averaging of the iterates of any optimizer.
+
+    Put it last in a chain. It passes the updates through and keeps
+
+        average <- average + w(n) (p - average)
+
+    over the iterates p_(start + every), p_(start + 2 every), … that
+    `optax.apply_updates` makes of the updates, n = 1, 2, … counting those averaged.
+    Until the first of them the average follows the iterate. Read it with
+    `asgd_optax.averaged_params`.
+
+    A transformation that comes after it and changes the updates leads to other
+    iterates than those averaged.
+
+    Args:
+      weighting: the weight w of the n-th averaged iterate; `uniform_weighting` by
+        default. It is called with n of shape (), int32.
+      start: averages iterates after the first `start` updates: a whole number, or
+        `inf` for never; may be traced.
+      every: averages every so many-th of them: a whole number of at least 1; may be
+        traced. The steps between do not touch the average.
+      accumulator_dtype: precision of the average, as for `asgd`.
+      compensated: whether to keep the average as a `CompensatedMean`.
+
+    Returns:
+      A transformation whose `init(params)` copies the parameters into an
+      `AverageIteratesState` and whose `update(updates, state, params, **ignored)`
+      returns the updates as they are and the new state.
+
+    Raises:
+      TypeError: a weighting that is no function; a `start` or an `every` that is no
+        number; leaves that `asgd` refuses too.
+      ValueError: a concrete `start` that is negative, NaN or not whole; a concrete
+        `every` that is less than 1 or not whole; missing params; a structure or a
+        shape that differs from the parameters'.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> from asgd_optax import average_iterates, averaged_params
+      >>> tx = optax.chain(optax.sgd(0.5), average_iterates(start=1))
+      >>> params = jnp.array(8.0)
+      >>> state = tx.init(params)
+      >>> for _ in range(3):  # iterates 4, 2 and 1
+      ...     updates, state = tx.update(params, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(params, averaged_params(state))
+      1.0 1.5
+
+    References:
+      Polyak & Juditsky, `Acceleration of stochastic approximation by averaging
+      <https://doi.org/10.1137/0330046>`_, SIAM J. Control Optim. 30(4), 1992.
+    """
+    weighting_ = _weightings.checked(weighting)
+    _checks.check_count("start", start, at_least=0)
+    _checks.check_count("every", every, at_least=1)
+    _averaging.check_accumulator_dtype(accumulator_dtype)
+
+    def init_fn(params: Any) -> AverageIteratesState:
+        _checks.check_params(params)
+        average = _averaging.init_mean(params, accumulator_dtype, compensated)
+        return AverageIteratesState(jnp.zeros([], jnp.int32), average)
+
+    def update_fn(
+        updates: Any, state: AverageIteratesState, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, AverageIteratesState]:
+        del extra_args
+        _checks.check_params(params)
+        _checks.check_fits("updates", updates, params)
+        mean = _averaging.mean_value(state.average)
+        _checks.check_fits("state.average", mean, params)
+        step = optax.safe_increment(jnp.asarray(state.step))
+        since = step - split_start(start)[0]
+        period = split_start(every)[0]
+        updates = _averaging.round_updates(updates, updates)
+        iterates = optax.apply_updates(params, updates)
+
+        def average() -> Any:
+            n = jnp.maximum(since // period, 1)
+            weight = jnp.asarray(weighting_(n), dtype=jnp.result_type(float))
+            weight = jnp.where(since >= period, weight, 1)
+            return _averaging.update_mean(state.average, iterates, weight)
+
+        if not _checks.is_traced(every) and _checks.concrete(every) == 1:
+            return updates, AverageIteratesState(step, average())
+        # The iterate comes from outside of the branch, so that neither it nor the
+        # average is copied: the steps between cost no more than no averaging.
+        due = (since < period) | (since % period == 0)
+        new = jax.lax.cond(due, average, lambda: state.average)
+        return updates, AverageIteratesState(step, new)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,0 +1,556 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`average_iterates`, the weightings and `running_average`."""
+
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from asgd_optax import (
+    CompensatedMean,
+    asgd,
+    average_iterates,
+    averaged_params,
+    exponential_weighting,
+    polynomial_weighting,
+    running_average,
+    uniform_weighting,
+)
+from tests import reference
+from tests.support import assert_close, bits, enable_x64, precision_of, train_step
+from tests.test_exactness import hard_numbers
+
+INT32_MAX = 2**31 - 1
+EPS = float(np.finfo(np.float32).eps)
+
+# Name, and the value of its parameter: uniform has none.
+WEIGHTINGS = [
+    ("uniform", None),
+    *(("polynomial", gamma) for gamma in (0.0, 1.0, 3.0)),
+    *(("exponential", decay) for decay in (0.0, 0.9, 0.999)),
+]
+STARTS = [0, 1, 5, 7.0, np.inf]
+EVERIES = [1, 2, 3]
+
+
+def make_weighting(name, value):
+    if name == "uniform":
+        return uniform_weighting()
+    return {"polynomial": polynomial_weighting, "exponential": exponential_weighting}[
+        name
+    ](value)
+
+
+STEPS = np.random.default_rng(0).standard_normal((20, 3))  # the updates
+ITERATES = 1 + np.cumsum(STEPS, axis=0)
+
+
+def averages(name, value, start, every, *, compensated=False):
+    """The average after each of the updates `STEPS`, from params of ones."""
+    weighting = make_weighting(name, value)
+    tx = average_iterates(weighting, start=start, every=every, compensated=compensated)
+
+    def body(carry, updates):
+        params, state = carry
+        updates, state = tx.update(updates, state, params)
+        params = optax.apply_updates(params, updates)
+        return (params, state), averaged_params(state)
+
+    params = jnp.ones(3, STEPS.dtype)
+    return jax.lax.scan(body, (params, tx.init(params)), jnp.asarray(STEPS))[1]
+
+
+traced_averages = jax.jit(averages, static_argnames=("name", "compensated"))
+
+
+def assert_direct_sums(found, name, value, start, every):
+    np.testing.assert_allclose(
+        found,
+        list(reference.average_iterates(ITERATES, name, value, start, every)),
+        rtol=1e-13,
+        atol=1e-13 * np.abs(ITERATES).max(),
+        err_msg=f"{name} {value}, start {start}, every {every}",
+    )
+
+
+@pytest.mark.parametrize("compensated", [False, True])
+@pytest.mark.parametrize(("name", "value"), WEIGHTINGS)
+def test_traced_arguments_give_direct_sums(name, value, compensated):
+    with enable_x64(True):
+        for start, every in itertools.product(STARTS, EVERIES):
+            found = traced_averages(name, value, start, every, compensated=compensated)
+            assert_direct_sums(found, name, value, start, every)
+
+
+@pytest.mark.parametrize("compensated", [False, True])
+@pytest.mark.parametrize("every", EVERIES)
+@pytest.mark.parametrize("start", STARTS)
+def test_concrete_arguments_give_direct_sums(start, every, compensated):
+    # Every weighting has its turn; all of them at all starts would only take long.
+    turn = 3 * STARTS.index(start) + every + compensated
+    name, value = WEIGHTINGS[turn % len(WEIGHTINGS)]
+    with enable_x64(True):
+        found = averages(name, value, start, every, compensated=compensated)
+        assert_direct_sums(found, name, value, start, every)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("number", [np.int32, np.float32, jnp.float32, jnp.asarray])
+def test_arguments_of_any_kind_of_number(number, compiled):
+    """Arrays are concrete inside of a function that is traced, too."""
+    with enable_x64(True):
+        start, every = number(5), number(2)
+        gamma = number(3)
+        run = lambda: averages("polynomial", gamma, start, every)  # noqa: E731
+        found = jax.jit(run)() if compiled else run()
+        assert_direct_sums(found, "polynomial", 3, 5, 2)
+        decay = jnp.asarray(0.5)
+        run = lambda: averages("exponential", decay, 5, 2)  # noqa: E731
+        found = jax.jit(run)() if compiled else run()
+        assert_direct_sums(found, "exponential", 0.5, 5, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "starts"),
+    [
+        ("uniform", None, [0.0, 1.0, 7.0, np.inf]),
+        ("polynomial", [0.0, 1.0, 3.0], 2),
+        ("exponential", [0.0, 0.9, 0.999], 2),
+    ],
+)
+def test_vmap_equals_a_loop(name, values, starts):
+    with enable_x64(True):
+        if values is None:
+            run = jax.vmap(lambda start: traced_averages(name, None, start, 2))
+            found, rows = run(jnp.asarray(starts)), [(None, s) for s in starts]
+        else:
+            run = jax.vmap(lambda value: traced_averages(name, value, starts, 2))
+            found, rows = run(jnp.asarray(values)), [(v, starts) for v in values]
+        for row, (value, start) in zip(found, rows, strict=True):
+            alone = traced_averages(name, value, start, 2)
+            np.testing.assert_allclose(row, alone, rtol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("polynomial", [0.5, 1.0, 3.0]), ("exponential", [0.3, 0.9, 0.999])],
+)
+def test_gradients_over_the_weightings_parameter(name, values):
+    with enable_x64(True):
+        # Any fixed weights will do: the plain sum would hide errors that cancel.
+        size = lambda value: jnp.vdot(  # noqa: E731
+            traced_averages(name, value, 1, 2), ITERATES
+        )
+        gradient, h = jax.jit(jax.grad(size)), 1e-6
+        for value in values:
+            difference = (size(value + h) - size(value - h)) / (2 * h)
+            np.testing.assert_allclose(gradient(value), difference, rtol=1e-6)
+
+
+@pytest.mark.flax  # scikit-learn is where flax is: among the examples' needs
+@pytest.mark.parametrize("penalty", [{"penalty": None}, {"penalty": "l2", "alpha": 0}])
+def test_plain_sgd_equals_scikit_learns_averaged_regression(penalty):
+    """Coefficients and intercept, one sample at a time, in two passes."""
+    from sklearn.datasets import load_diabetes
+    from sklearn.linear_model import SGDRegressor
+
+    x, y = load_diabetes(return_X_y=True)
+    x, y = x / x.std(axis=0), (y - y.mean()) / y.std()
+    rate, passes = 0.01, 2
+    sklearns = SGDRegressor(
+        average=True,
+        learning_rate="constant",
+        eta0=rate,
+        shuffle=False,
+        tol=None,
+        max_iter=passes,
+        **penalty,
+    ).fit(x, y)
+
+    def loss(params, sample):
+        x, y = sample
+        return (y - x @ params["coef"] - params["intercept"]) ** 2 / 2
+
+    tx = optax.chain(optax.sgd(rate), average_iterates())
+
+    def body(carry, sample):
+        grads = jax.grad(loss)(carry[0], sample)
+        return train_step(tx, *carry, grads), None
+
+    with enable_x64(True):
+        params = {"coef": jnp.zeros(x.shape[1]), "intercept": jnp.zeros(())}
+        samples = (np.tile(x, (passes, 1)), np.tile(y, passes))
+        (_, state), _ = jax.lax.scan(body, (params, tx.init(params)), samples)
+        ours = averaged_params(state)
+    np.testing.assert_allclose(ours["coef"], sklearns.coef_, rtol=1e-12)
+    np.testing.assert_allclose(ours["intercept"], sklearns.intercept_[0], rtol=1e-12)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.9, 0.999, 0.9999, 0.99999])
+def test_exponential_weights_in_float32(decay):
+    weight = exponential_weighting(decay)
+    compiled = jax.jit(weight)
+    forget = 1 - np.longdouble(decay)
+    for n in (1, 2, 10, 10**3, 10**5, 10**7):
+        with np.errstate(divide="ignore"):  # at decay 0
+            exact = float(forget / -np.expm1(n * np.log1p(-forget)))
+        for found in (weight(jnp.int32(n)), compiled(n)):
+            assert found.dtype == jnp.float32
+            np.testing.assert_allclose(found, exact, rtol=4 * EPS, err_msg=f"n = {n}")
+
+
+@pytest.mark.parametrize("make", [exponential_weighting, polynomial_weighting])
+def test_the_first_weight_is_exactly_1(make):
+    """Or the first averaged iterate would not be the average, bit for bit."""
+    values = np.append(np.random.default_rng(0).random(1000), [0, 0.9, 0.999, 0.9999])
+    first = jax.jit(jax.vmap(lambda value: make(value)(jnp.int32(1))))(values)
+    np.testing.assert_array_equal(first, 1)
+    for value in (0.0, 0.5, 0.7, 0.9, 0.999, 0.99999):
+        assert float(make(value)(jnp.int32(1))) == 1
+
+
+CUSTOM = {
+    "python float": lambda n: 0.1,
+    "1/n": lambda n: 1 / n,
+    "array": lambda n: jnp.minimum(1.0, 10.0 / (9 + n)),
+}
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("start", [0, 2])
+@pytest.mark.parametrize("name", CUSTOM)
+def test_a_weighting_of_ones_own(name, start, every):
+    """Also one that does not begin with 1: until then the average is the iterate."""
+    weighting, expected = CUSTOM[name], 1.0
+    tx = average_iterates(weighting, start=start, every=every)
+    update = jax.jit(tx.update)
+    params = jnp.ones(())
+    state = tx.init(params)
+    for step in range(1, 11):
+        updates, state = update(jnp.asarray(float(step)), state, params)
+        params = optax.apply_updates(params, updates)
+        since = step - start
+        if since < every:
+            expected = float(params)
+        elif since % every == 0:
+            weight = float(weighting(since // every))
+            expected += weight * (float(params) - expected)
+        np.testing.assert_allclose(averaged_params(state), expected, rtol=4 * EPS)
+
+
+OPTIMIZERS = {"sgd": lambda: optax.sgd(0.1), "adam": lambda: optax.adam(0.01)}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_averages_the_iterates_really_applied(dtype, name):
+    """Over 2,000 steps under jit, to a few float32 eps of their size."""
+    tx = optax.chain(OPTIMIZERS[name](), average_iterates())
+    noise = np.random.default_rng(0).standard_normal((2_000, 64))
+    params = jnp.ones(64, dtype)
+
+    def body(carry, noise):
+        carry = train_step(tx, *carry, noise + carry[0])
+        return carry, carry[0]
+
+    carry = (params, tx.init(params))
+    (params, state), path = jax.lax.scan(body, carry, jnp.asarray(noise, dtype))
+    path = np.asarray(path, np.float64)
+    average = averaged_params(state)
+    assert average.dtype == jnp.float32
+    assert averaged_params(state, params).dtype == dtype
+    error = np.abs(np.asarray(average, np.float64) - path.mean(axis=0)).max()
+    assert error <= 8 * EPS * np.abs(path).max()
+
+
+@pytest.mark.parametrize(
+    ("name", "p_dtype", "g_dtype", "compensated"),
+    [
+        ("sgd", "float16", "float16", False),
+        ("sgd", "bfloat16", "float32", True),
+        ("sgd", "float32", "bfloat16", False),
+        ("adam", "float16", "float16", True),
+        ("adam", "bfloat16", "bfloat16", False),
+        ("adam", "float32", "float32", False),
+    ],
+)
+def test_before_averaging_the_average_is_the_params_bit_for_bit(
+    name, p_dtype, g_dtype, compensated
+):
+    """In one fused step, in a scan, in several unrolled, and with the update apart."""
+    averaging = average_iterates(start=np.inf, compensated=compensated)
+    tx = optax.chain(OPTIMIZERS[name](), averaging)
+    params = hard_numbers(p_dtype)
+    scale = np.abs(np.asarray(params, np.float64))
+    noise = np.random.default_rng(1).standard_normal((2, params.size))
+    grads = jnp.asarray(scale * noise, g_dtype)
+
+    def fused(p, state):
+        step = jax.jit(lambda *carry_and_grads: train_step(tx, *carry_and_grads))
+        for g in grads:
+            p, state = step(p, state, g)
+        return p, state
+
+    def unrolled(p, state):
+        for g in grads:
+            p, state = train_step(tx, p, state, g)
+        return p, state
+
+    def scanned(p, state):
+        step = lambda carry, g: (train_step(tx, *carry, g), None)  # noqa: E731
+        return jax.lax.scan(step, (p, state), grads)[0]
+
+    def apart(p, state):
+        update = jax.jit(tx.update)
+        for g in grads:
+            updates, state = update(g, state, p)
+            p = optax.apply_updates(p, updates)
+        return p, state
+
+    for run in (fused, jax.jit(unrolled), jax.jit(scanned), apart):
+        p, state = run(params, tx.init(params))
+        assert bits(p) != bits(params)
+        assert bits(averaged_params(state, p)) == bits(p)
+        # Nor is anything hidden below the params' own precision.
+        assert bits(averaged_params(state)) == bits(p.astype(jnp.float32))
+
+
+def passed_through(updates, compiled):
+    with precision_of(updates.dtype):
+        tx, updates = average_iterates(), jnp.asarray(updates)
+        params = jnp.ones_like(updates)
+        update = jax.jit(tx.update) if compiled else tx.update
+        return np.asarray(update(updates, tx.init(params), params)[0])
+
+
+def special_numbers(dtype, numbers):
+    """`numbers` in `dtype`; if it is complex, each as a real and an imaginary part."""
+    if not np.issubdtype(jnp.dtype(dtype), np.complexfloating):
+        return np.array(numbers).astype(jnp.dtype(dtype))
+    array = np.zeros(len(numbers), dtype)
+    array.real, array.imag = numbers, numbers[::-1]
+    return array
+
+
+DTYPES = ["float32", "bfloat16", "float16", "float64", "complex64"]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_updates_pass_through_bit_for_bit(dtype, compiled):
+    info = jnp.finfo(dtype)
+    numbers = [0.0, -0.0, np.inf, -np.inf, np.nan, 1.5, -1 / 3]
+    numbers += [float(info.max), float(info.tiny), -float(info.eps)]
+    updates = special_numbers(dtype, numbers)
+    assert bits(passed_through(updates, compiled)) == bits(updates)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_subnormal_updates_pass_through_bit_for_bit(dtype, compiled):
+    smallest = float(jnp.finfo(dtype).smallest_subnormal)
+    updates = special_numbers(dtype, [k * smallest for k in range(-5, 5)])
+    assert bits(passed_through(updates, compiled)) == bits(updates)
+
+
+def test_the_counter_saturates():
+    tx = average_iterates(start=5)
+    params = jnp.ones(3)
+    state = tx.init(params)._replace(step=jnp.asarray(INT32_MAX - 1, jnp.int32))
+    update = jax.jit(tx.update)
+    for _ in range(3):
+        _, state = update(params, state, params)
+        assert state.step.dtype == jnp.int32
+        assert int(state.step) == INT32_MAX
+    moved = 3 / (INT32_MAX - 5)  # too little for float32
+    np.testing.assert_allclose(state.average, 1 + moved, rtol=EPS)
+
+
+PARAMS = {"w": jnp.ones((2, 3)), "b": [jnp.ones(3)]}
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: average_iterates(start=-1), ValueError, "^start must not be negative"),
+        (lambda: average_iterates(start=2.5), ValueError, "^start must be a whole"),
+        (lambda: average_iterates(start=np.nan), ValueError, "^start must.*NaN"),
+        (lambda: average_iterates(start="1"), TypeError, "^start must be a number"),
+        (lambda: average_iterates(start=[1]), TypeError, "^start must be a number"),
+        (lambda: average_iterates(every=0), ValueError, "^every must be at least 1"),
+        (lambda: average_iterates(every=-1), ValueError, "^every must not be negative"),
+        (lambda: average_iterates(every=1.5), ValueError, "^every must be a whole"),
+        (lambda: average_iterates(every=0.5), ValueError, "^every must be at least 1"),
+        (lambda: average_iterates(every=np.nan), ValueError, "^every must.*NaN"),
+        (lambda: average_iterates(every=None), TypeError, "^every must be a number"),
+        (lambda: average_iterates(every=np.ones(2)), ValueError, "^every.*a scalar"),
+        (lambda: average_iterates(0.9), TypeError, "^weighting must be a function"),
+        (lambda: average_iterates("ema"), TypeError, "^weighting must be a function"),
+        (lambda: running_average(0.9), TypeError, "^weighting must be a function"),
+        (lambda: exponential_weighting(-0.1), ValueError, "^decay must not be neg"),
+        (lambda: exponential_weighting(1.0), ValueError, "^decay must be less than 1"),
+        (lambda: exponential_weighting(1.5), ValueError, "^decay must be less than 1"),
+        (lambda: exponential_weighting(np.nan), ValueError, "^decay must.*NaN"),
+        (lambda: exponential_weighting(None), TypeError, "^decay must be a number"),
+        (lambda: polynomial_weighting(-1), ValueError, "^gamma must not be negative"),
+        (lambda: polynomial_weighting(np.nan), ValueError, "^gamma must.*NaN"),
+        (lambda: polynomial_weighting(np.inf), ValueError, "^gamma must be finite"),
+        (lambda: polynomial_weighting("3"), TypeError, "^gamma must be a number"),
+        (
+            lambda: average_iterates(accumulator_dtype="int8"),
+            ValueError,
+            "^accumulator_dtype must name a floating",
+        ),
+        (
+            lambda: running_average(accumulator_dtype="int8"),
+            ValueError,
+            "^accumulator_dtype must name a floating",
+        ),
+    ],
+)
+def test_a_bad_argument(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+@pytest.mark.parametrize("leaf", [jnp.ones(3, int), np.array([True]), 3, "text"])
+def test_params_that_cannot_be_averaged(leaf):
+    with pytest.raises(TypeError, match=r"^params\['b'\]\[0\] is"):
+        average_iterates().init({"w": jnp.ones(2), "b": [leaf]})
+    with pytest.raises(TypeError, match=r"^tree\['b'\]\[0\] is"):
+        running_average().init({"w": jnp.ones(2), "b": [leaf]})
+
+
+def test_missing_params():
+    tx = average_iterates()
+    with pytest.raises(ValueError, match="^params are missing"):
+        tx.update(PARAMS, tx.init(PARAMS))
+
+
+@pytest.mark.parametrize(
+    ("updates", "error", "message"),
+    [
+        ({"w": jnp.ones((2, 3))}, ValueError, r"updates has no leaf \['b'\]\[0\]"),
+        (
+            {**PARAMS, "w": jnp.ones((3, 2))},
+            ValueError,
+            r"^updates\['w'\] has shape \(3, 2\), params\['w'\] \(2, 3\)",
+        ),
+        (
+            {**PARAMS, "w": jnp.ones((2, 3), int)},
+            TypeError,
+            r"^updates\['w'\] is int32, params\['w'\] float32",
+        ),
+    ],
+)
+def test_updates_that_do_not_fit(updates, error, message):
+    tx = average_iterates()
+    with pytest.raises(error, match=message):
+        tx.update(updates, tx.init(PARAMS), PARAMS)
+
+
+def test_a_state_of_another_tree():
+    tx = average_iterates()
+    state = tx.init({**PARAMS, "w": jnp.ones(1)})
+    with pytest.raises(ValueError, match=r"^state.average\['w'\] has shape \(1,\)"):
+        tx.update(PARAMS, state, PARAMS)
+
+
+BATCHES = [
+    {"mean": x[0], "var": [x[1:].reshape(1, 2)]}
+    for x in np.random.default_rng(0).standard_normal((12, 3))
+]
+
+
+@pytest.mark.parametrize("compensated", [False, True])
+@pytest.mark.parametrize(("name", "value"), WEIGHTINGS[::3])
+def test_running_average_equals_numpys(name, value, compensated):
+    """Step by step, jitted and in a scan: of NumPy's arrays in float64."""
+    with enable_x64(True):
+        mean = running_average(make_weighting(name, value), compensated=compensated)
+        init = {"mean": np.float64(7), "var": [np.full((1, 2), 7.0)]}
+        state = mean.init(init)
+        assert isinstance(state.average, CompensatedMean) == compensated
+        assert_close(mean.value(state), init, rtol=0)
+
+        count = len(BATCHES)
+        weights = reference.weighting_shares(name, value, count)
+        expected = jax.tree.map(
+            lambda *xs: np.average(xs, axis=0, weights=weights), *BATCHES
+        )
+        update, stepped = jax.jit(mean.update), state
+        for batch in BATCHES:
+            stepped = update(stepped, batch)
+        stacked = jax.tree.map(lambda *xs: np.stack(xs), *BATCHES)
+        scanned, _ = jax.lax.scan(
+            lambda s, x: (mean.update(s, x), None), state, stacked
+        )
+        for final in (stepped, scanned):
+            assert int(final.step) == count
+            assert_close(mean.value(final), expected, rtol=1e-13, atol=1e-13)
+
+
+def test_running_average_outside_of_jit_keeps_precision_and_input():
+    mean = running_average()
+    first = np.array([1.0, 2.0], jnp.bfloat16)
+    state = mean.update(mean.init(first), first)
+    assert mean.value(state).dtype == jnp.float32
+    state = mean.update(state, np.array([2.0, 2.015625], jnp.bfloat16))
+    # Between two neighbours of bfloat16.
+    np.testing.assert_array_equal(mean.value(state), [1.5, 2.0078125])
+    np.testing.assert_array_equal(first, np.array([1.0, 2.0], jnp.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("tree", "error", "message"),
+    [
+        ({"a": np.ones(3)}, ValueError, r"^tree\['a'\] has shape \(3,\)"),
+        ({"b": np.ones(2)}, ValueError, "^tree and state.average differ"),
+        ({"a": np.ones(2, int)}, TypeError, r"^tree\['a'\] is int32"),
+    ],
+)
+def test_running_average_of_a_tree_that_does_not_fit(tree, error, message):
+    mean = running_average()
+    with pytest.raises(error, match=message):
+        mean.update(mean.init({"a": np.ones(2)}), tree)
+
+
+SIZE = 2**20
+
+
+def compiled_step(tx, dtype):
+    params = jax.ShapeDtypeStruct((SIZE,), dtype)
+    state = jax.eval_shape(tx.init, params)
+    step = jax.jit(lambda *carry_and_grads: train_step(tx, *carry_and_grads))
+    return step.lower(params, state, params).compile()
+
+
+def kernels(compiled):
+    """How many instructions of the entry computation do any work."""
+    entry = re.search(r"^ENTRY.*?^}", compiled.as_text(), re.DOTALL | re.MULTILINE)
+    opcodes = re.findall(r"^.* = .*? ([a-z-]+)\(", entry[0], re.MULTILINE)
+    idle = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element"}
+    return sum(opcode not in idle for opcode in opcodes)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_costs_no_more_than_asgds(dtype):
+    ours = compiled_step(optax.chain(optax.sgd(0.1), average_iterates()), dtype)
+    # Without the decays it does the same arithmetic.
+    asgds = compiled_step(asgd(0.1, lambd=0.0, alpha=0.0), dtype)
+    # Scalars apart.
+    bytes_per_parameter = [
+        round(c.cost_analysis()["bytes accessed"] / SIZE, 2) for c in (ours, asgds)
+    ]
+    assert bytes_per_parameter[0] <= bytes_per_parameter[1]
+    assert 0 < kernels(ours) <= kernels(asgds)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_steps_between_need_no_copy(dtype):
+    tx = optax.chain(optax.sgd(0.1), average_iterates(every=10))
+    assert compiled_step(tx, dtype).memory_analysis().temp_size_in_bytes < 4096
