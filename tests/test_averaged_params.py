@@ -7,7 +7,13 @@ import numpy as np
 import optax
 import pytest
 
-from asgd_optax import ASGDState, CompensatedMean, asgd, averaged_params
+from asgd_optax import (
+    ASGDState,
+    CompensatedMean,
+    asgd,
+    average_iterates,
+    averaged_params,
+)
 from tests.support import bits, random_tree, train_step
 
 
@@ -58,6 +64,25 @@ def test_nestings(wrap):
     np.testing.assert_allclose(p["w"], expected_p["w"], rtol=1e-6)
     for average in (averaged_params(state), averaged_params(state, p)):
         np.testing.assert_allclose(average["w"], expected.ax["w"], rtol=1e-6)
+
+
+def test_groups_with_averages_of_different_kinds_merge():
+    params = random_tree(0, "float32")
+    adam = optax.chain(optax.adam(0.1), average_iterates(start=1))
+    sgd = asgd(0.1, t0=0)
+    tx = optax.partition({"sgd": sgd, "adam": adam}, {"a": "sgd", "b": "adam"})
+    params["b"][0] = jnp.ones(4)
+    p, state = trained(tx, params)
+    (sgd_p, sgd_state), (adam_p, adam_state) = (
+        trained(sgd, params),
+        trained(adam, params),
+    )
+    expected = {
+        "a": averaged_params(sgd_state, sgd_p)["a"],
+        "b": averaged_params(adam_state, adam_p)["b"],
+    }
+    assert bits(averaged_params(state, p)) == bits(expected)
+    assert bits(averaged_params(state)) == bits(expected)
 
 
 def test_no_averaging_state():

@@ -135,6 +135,13 @@ def test_vmap_equals_a_loop(name, values, starts):
             np.testing.assert_allclose(row, alone, rtol=1e-13)
 
 
+def test_the_gradient_over_decay_at_zero():
+    """There (1 - d)/(1 - d^n) falls as 1 - d, but for n = 1."""
+    for n, slope in ((1, 0.0), (2, -1.0), (5, -1.0)):
+        weight = lambda decay, n=n: exponential_weighting(decay)(n)  # noqa: E731
+        assert float(jax.grad(weight)(0.0)) == slope
+
+
 @pytest.mark.parametrize(
     ("name", "values"),
     [("polynomial", [0.5, 1.0, 3.0]), ("exponential", [0.3, 0.9, 0.999])],
