@@ -30,6 +30,11 @@ from tqdm import tqdm
 from asgd_optax import average_iterates, averaged_params
 from asgd_optax.flax import update_batch_stats
 
+try:
+    from examples import command_line
+except ModuleNotFoundError:  # run as a script, with this folder on the path
+    import command_line
+
 BATCH_SIZE = 32
 HIDDEN_UNITS = 64
 MOMENTUM = 0.9  # of the running statistics
@@ -154,12 +159,6 @@ def train(
 
 def table(results: Results) -> str:
     """The test scores of the three, mean ± standard deviation over the seeds."""
-
-    def cell(values: np.ndarray, digits: int) -> str:
-        # One seed has no sample deviation.
-        deviation = np.std(values, ddof=min(1, len(values) - 1))
-        return f"{np.mean(values):.{digits}f} ± {deviation:.{digits}f}"
-
     lines = [
         "| weights      | statistics      | test loss       | test accuracy (%) |",
         "| ------------ | --------------- | --------------- | ----------------- |",
@@ -169,39 +168,48 @@ def table(results: Results) -> str:
         ("averaged", "stale", results.stale),
         ("averaged", "estimated anew", results.updated),
     ):
-        loss, accuracy = cell(scores.loss, 4), cell(100 * scores.accuracy, 2)
+        loss = command_line.spread(scores.loss, 4)
+        accuracy = command_line.spread(100 * scores.accuracy, 2)
         lines.append(f"| {weights:12} | {statistics:15} | {loss:15} | {accuracy:17} |")
     return "\n".join(lines)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options, checked."""
-    # Without the usage, an error is one line.
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,
-        description="Average a network with BatchNorm; compare its statistics.",
-        allow_abbrev=False,
+    number, count = command_line.number, command_line.count
+    parser = command_line.Parser(
+        "Average a network with BatchNorm; compare its statistics."
     )
-
-    def whole(number: float) -> bool:
-        return number >= 0 and (number == math.inf or number.is_integer())
-
-    numbers = (
-        ("rate", float, 3.0, "learning rate", lambda r: 0 < r < math.inf, "positive"),
-        ("start", float, None, "steps before averaging begins", whole, "whole or inf"),
-        ("steps", int, 2000, "minibatches to train on", lambda n: n >= 1, "1 or more"),
-        ("seeds", int, 10, "networks to train", lambda n: n >= 1, "1 or more"),
+    parser.add_argument(
+        "--rate",
+        type=number(float, lambda r: 0 < r < math.inf, "positive and finite"),
+        default=3.0,
+        help="learning rate, constant (default: %(default)s)",
     )
-    for name, kind, default, meaning, _, wanted in numbers:
-        shown = "a tenth of them" if default is None else "%(default)s"
-        text = f"{meaning}; {wanted} (default: {shown})"
-        parser.add_argument(f"--{name}", type=kind, default=default, help=text)
+    parser.add_argument(
+        "--start",
+        type=number(
+            float,
+            lambda s: s == math.inf or (s >= 0 and s.is_integer()),
+            "a whole number, 0 or more, or inf",
+        ),
+        help="steps before averaging begins, inf for never (default: a tenth of them)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=count,
+        default=2000,
+        help="minibatches to train on (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=count,
+        default=10,
+        help="networks to train (default: %(default)s)",
+    )
     options = parser.parse_args(argv)
     if options.start is None:
         options.start = float(options.steps // 10)
-    for name, _, _, _, accepts, wanted in numbers:
-        if not accepts(got := getattr(options, name)):
-            parser.error(f"argument --{name}: must be {wanted}, not {got}")
     return options
 
 
@@ -210,8 +218,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
     options = parse(argv)
     results = train(load_splits(), **vars(options))
     print(table(results))
-    settings = ", ".join(f"{name} {value:g}" for name, value in vars(options).items())
-    print(f"\nMean ± standard deviation over the seeds. Settings: {settings}.")
+    print(command_line.describe(vars(options)))
     return results
 
 

@@ -12,11 +12,10 @@ training on the validation set. All seeds train at once, under `nnx.vmap`.
 """
 
 import argparse
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +23,17 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from flax import nnx
-from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.ticker import LogLocator
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
 from asgd_optax import asgd, averaged_params
+
+try:
+    from examples import command_line
+except ModuleNotFoundError:  # run as a script, with this folder on the path
+    import command_line
 
 MAX_GRADIENT_NORM = 1.0
 HIDDEN_UNITS = 64
@@ -179,12 +182,6 @@ def train(
 
 def table(results: Results) -> str:
     """The test scores of the two, mean ± standard deviation over the seeds."""
-
-    def cell(values: np.ndarray, digits: int) -> str:
-        # One seed has no sample deviation.
-        deviation = np.std(values, ddof=min(1, len(values) - 1))
-        return f"{np.mean(values):.{digits}f} ± {deviation:.{digits}f}"
-
     lines = [
         "|                  | test loss       | test accuracy (%) |",
         "| ---------------- | --------------- | ----------------- |",
@@ -193,7 +190,8 @@ def table(results: Results) -> str:
         ("last iterate", results.last),
         ("averaged iterate", results.average),
     ):
-        loss, accuracy = cell(scores.loss, 4), cell(100 * scores.accuracy, 2)
+        loss = command_line.spread(scores.loss, 4)
+        accuracy = command_line.spread(100 * scores.accuracy, 2)
         lines.append(f"| {name:16} | {loss:15} | {accuracy:17} |")
     return "\n".join(lines)
 
@@ -244,52 +242,15 @@ def draw(results: Results, options: argparse.Namespace, output: Path) -> None:
     plt.close(figure)
 
 
-class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
-
-
-def _number(
-    kind: type, accepts: Callable[[Any], bool], wanted: str
-) -> Callable[[str], Any]:
-    """What turns an option's text into a number that `accepts`, or refuses it."""
-
-    def convert(text: str) -> Any:
-        with contextlib.suppress(ValueError):
-            if accepts(number := kind(text)):
-                return number
-        raise argparse.ArgumentTypeError(f"must be {wanted}, not {text!r}")
-
-    return convert
-
-
-def _check_output(output: Path) -> str | None:
-    """What keeps a figure from being saved there, None for nothing."""
-    if output.suffix[1:].lower() not in FigureCanvasBase.get_supported_filetypes():
-        return f"matplotlib draws no {output.suffix!r} files, but .png, .svg and .pdf"
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        existed = output.exists()
-        output.open("ab").close()
-        if not existed:
-            output.unlink()
-    except OSError as error:
-        return f"cannot write {str(output)!r}: {error.strerror}"
-    return None
-
-
 def _parse(argv: Sequence[str] | None, examples: int) -> argparse.Namespace:
     """The options, checked; `examples` is the size of the training set."""
-    count = _number(int, lambda n: n >= 1, "a whole number, 1 or more")
-    parser = _Parser(
-        description="Train on the digits; compare the last iterate and the average.",
-        allow_abbrev=False,
+    number, count = command_line.number, command_line.count
+    parser = command_line.Parser(
+        "Train on the digits; compare the last iterate and the average."
     )
     parser.add_argument(
         "--rate",
-        type=_number(float, lambda r: 0 < r < math.inf, "positive and finite"),
+        type=number(float, lambda r: 0 < r < math.inf, "positive and finite"),
         default=0.6,
         help="learning rate, at the start (default: %(default)s)",
     )
@@ -302,7 +263,7 @@ def _parse(argv: Sequence[str] | None, examples: int) -> argparse.Namespace:
     )
     parser.add_argument(
         "--t0",
-        type=_number(float, lambda t: t >= 0, "0 or more, or inf"),
+        type=number(float, lambda t: t >= 0, "0 or more, or inf"),
         help="steps before averaging begins, inf for never (default: half of them)",
     )
     parser.add_argument(
@@ -313,7 +274,7 @@ def _parse(argv: Sequence[str] | None, examples: int) -> argparse.Namespace:
     )
     parser.add_argument(
         "--batch-size",
-        type=_number(
+        type=number(
             int,
             lambda n: 1 <= n <= examples,
             f"from 1 to {examples}, the size of the training set",
@@ -323,7 +284,7 @@ def _parse(argv: Sequence[str] | None, examples: int) -> argparse.Namespace:
     )
     parser.add_argument(
         "--noise",
-        type=_number(float, lambda n: 0 <= n < math.inf, "0 or more, and finite"),
+        type=number(float, lambda n: 0 <= n < math.inf, "0 or more, and finite"),
         default=0.2,
         help="standard deviation of the noise on the training images' pixels, which"
         " lie in [0, 1] (default: %(default)s)",
@@ -344,9 +305,7 @@ def _parse(argv: Sequence[str] | None, examples: int) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.t0 is None:
         options.t0 = options.steps // 2
-    # Last, so that no folder is made where another option is bad.
-    if problem := _check_output(options.output):
-        parser.error(f"argument --output: {problem}")
+    command_line.check_output(parser, options.output)
     return options
 
 
@@ -354,19 +313,12 @@ def main(argv: Sequence[str] | None = None) -> Results:
     """Trains, saves the figure, prints the table and returns what was measured."""
     splits = load_splits()
     options = _parse(argv, examples=len(splits[0].labels))
-    output = options.output
-    settings = {name: v for name, v in vars(options).items() if name != "output"}
+    settings = vars(options).copy()
+    output = settings.pop("output")
     results = train(splits, **settings)
     draw(results, options, output)
     print(table(results))
-    described = ", ".join(
-        f"{name.replace('_', ' ')} {value if isinstance(value, str) else f'{value:g}'}"
-        for name, value in settings.items()
-    )
-    print(
-        f"\nMean ± standard deviation over the seeds. Settings: {described}."
-        f"\nFigure: {output}"
-    )
+    print(command_line.describe(vars(options)))
     return results
 
 

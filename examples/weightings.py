@@ -37,8 +37,9 @@ from asgd_optax import (
 )
 
 try:
-    from examples import digits
+    from examples import command_line, digits
 except ModuleNotFoundError:  # run as a script, with this folder on the path
+    import command_line
     import digits
 
 BATCH_SIZE = 16
@@ -165,10 +166,7 @@ def table(results: Results) -> str:
         "| ------------ | --------------- |",
     ]
     for name in COLORS:
-        losses = results.test[name]
-        # One seed has no sample deviation.
-        deviation = np.std(losses, ddof=min(1, len(losses) - 1))
-        cell = f"{np.mean(losses):.4f} ± {deviation:.4f}"
+        cell = command_line.spread(results.test[name], 4)
         lines.append(f"| {name:12} | {cell:15} |")
     return "\n".join(lines)
 
@@ -210,12 +208,10 @@ def draw(results: Results, options: argparse.Namespace) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    number = digits._number
-    parser = digits._Parser(
-        description="Train with Adam; compare the weightings of averaged iterates.",
-        allow_abbrev=False,
+    number, count = command_line.number, command_line.count
+    parser = command_line.Parser(
+        "Train with Adam; compare the weightings of averaged iterates."
     )
-    count = number(int, lambda n: n >= 1, "a whole number, 1 or more")
     parser.add_argument(
         "--rate",
         type=number(float, lambda r: 0 < r < math.inf, "positive and finite"),
@@ -264,9 +260,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="where to save the figure (default: %(default)s)",
     )
     options = parser.parse_args(argv)
-    # Last, so that no folder is made where another option is bad.
-    if problem := digits._check_output(options.output):
-        parser.error(f"argument --output: {problem}")
+    command_line.check_output(parser, options.output)
     return options
 
 
@@ -277,11 +271,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
     results = train(digits.load_splits(), **settings)
     draw(results, options)
     print(table(results))
-    described = ", ".join(f"{name} {value:g}" for name, value in settings.items())
-    print(
-        f"\nMean ± standard deviation over the seeds. Settings: {described}."
-        f"\nFigure: {options.output}"
-    )
+    print(command_line.describe(vars(options)))
     return results
 
 
