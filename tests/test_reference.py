@@ -72,7 +72,7 @@ def test_traced_hyperparameters(dtype, compensated):
     # Hyperparameters as arguments: one compilation for all examples.
     run = jax.jit(partial(trajectory, compensated=compensated))
 
-    @settings(max_examples=60)
+    @settings(max_examples=40)
     @given(hps=hyperparameters, seed=st.integers(0, 2**16))
     def check(hps, seed):
         with precision_of(dtype):
