@@ -143,9 +143,8 @@ def asgd(
         updates: Any, state: ASGDState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, ASGDState]:
         del extra_args
-        _checks.check_params(params)
-        _checks.check_fits("updates", updates, params)
-        _checks.check_fits("state.ax", _averaging.mean_value(state.ax), params)
+        mean = _averaging.mean_value(state.ax)
+        _checks.check_update(updates, params, mean, "state.ax")
         step = jnp.asarray(state.step)
         eta, mu = eta_and_mu(step)
         # (1 - lambd eta) p - eta (g + wd p) - p, without its cancellation.

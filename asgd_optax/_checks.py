@@ -107,6 +107,20 @@ def check_fits(name: str, tree: Any, params: Any, *, against: str = "params") ->
             raise TypeError(f"{where} is {dtype}, {other} {expected}")
 
 
+def check_update(updates: Any, params: Any, mean: Any, name: str) -> None:
+    """Raises unless an `update` can be done: all three fit, and can be averaged.
+
+    Args:
+      updates: gradients or updates.
+      params: the parameters.
+      mean: the average kept so far.
+      name: what `mean` is, for the message.
+    """
+    check_params(params)
+    check_fits("updates", updates, params)
+    check_fits(name, mean, params)
+
+
 def _misfit(name: str, tree: Any, against: str, params: Any) -> str:
     """Says where the structure of `tree` first departs from that of `params`."""
     here = [p for p, _ in jax.tree_util.tree_leaves_with_path(tree)]

@@ -99,10 +99,8 @@ def average_iterates(
         updates: Any, state: AverageIteratesState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, AverageIteratesState]:
         del extra_args
-        _checks.check_params(params)
-        _checks.check_fits("updates", updates, params)
         mean = _averaging.mean_value(state.average)
-        _checks.check_fits("state.average", mean, params)
+        _checks.check_update(updates, params, mean, "state.average")
         step = optax.safe_increment(jnp.asarray(state.step))
         since = step - split_start(start)[0]
         period = split_start(every)[0]

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What must hold to the bit, or to a stated number of units in the last place."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,52 +92,70 @@ def hard_numbers(dtype, seed=0):
     return jnp.asarray(x, dtype)
 
 
-@pytest.mark.parametrize("compensated", [False, True])
-@pytest.mark.parametrize("g_dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("p_dtype", ["float16", "bfloat16", "float32"])
-def test_before_averaging_the_average_is_the_params_bit_for_bit(
-    p_dtype, g_dtype, compensated
-):
-    """In one fused step, in a scan, in several unrolled, and with the update apart."""
-    tx = asgd(0.1, t0=np.inf, compensated=compensated)
-    params = hard_numbers(p_dtype)
-    scale = np.abs(np.asarray(params, np.float64))
-    rng = np.random.default_rng(1)
-    grads = jnp.asarray(scale * rng.standard_normal((4, params.size)), g_dtype)
+def assert_average_follows(tx, params, grads):
+    """Before averaging begins: the average is the params bit for bit.
 
-    def check(p, state):
-        assert bits(averaged_params(state, p)) == bits(p)
-        # Nor is anything hidden below the params' own precision.
-        assert bits(averaged_params(state).astype(p.dtype)) == bits(p)
-        assert bits(averaged_params(state)) == bits(p.astype(jnp.float32))
+    Step by step, in one fused step, in a scan, in several unrolled, with the update
+    apart, and with a step whose number the compiler knows.
+    """
 
-    def unrolled(p, state):
-        for g in grads:
-            p, state = train_step(tx, p, state, g)
-        return p, state
+    def run_with(step):
+        def run(p, state):
+            for g in grads:
+                p, state = step(p, state, g)
+            return p, state
+
+        return run
+
+    unrolled = run_with(partial(train_step, tx))
 
     def scanned(p, state):
         step = lambda carry, g: (train_step(tx, *carry, g), None)  # noqa: E731
         return jax.lax.scan(step, (p, state), grads)[0]
 
-    def apart(p, state):
-        for g in grads:
-            updates, state = jax.jit(tx.update)(g, state, p)
-            p = optax.apply_updates(p, updates)
-        return p, state
+    update = jax.jit(tx.update)
+
+    def step_apart(p, state, g):
+        updates, state = update(g, state, p)
+        return optax.apply_updates(p, updates), state
 
     @jax.jit
-    def first(g, p):  # a step whose number the compiler knows
+    def first(g, p):
         return tx.update(g, tx.init(p), p)
 
     def begun_inside(p, state):
         updates, state = first(grads[0], p)
         return optax.apply_updates(p, updates), state
 
-    for run in (unrolled, jax.jit(unrolled), jax.jit(scanned), apart, begun_inside):
+    for run in (
+        unrolled,
+        run_with(jax.jit(partial(train_step, tx))),
+        jax.jit(unrolled),
+        jax.jit(scanned),
+        run_with(step_apart),
+        begun_inside,
+    ):
         p, state = run(params, tx.init(params))
         assert bits(p) != bits(params)
-        check(p, state)
+        assert bits(averaged_params(state, p)) == bits(p)
+        # Nor is anything hidden below the params' own precision.
+        assert bits(averaged_params(state).astype(p.dtype)) == bits(p)
+        assert bits(averaged_params(state)) == bits(p.astype(jnp.float32))
+
+
+@pytest.mark.parametrize("compensated", [False, True])
+@pytest.mark.parametrize("g_dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("p_dtype", ["float16", "bfloat16", "float32"])
+def test_before_averaging_the_average_is_the_params_bit_for_bit(
+    p_dtype, g_dtype, compensated
+):
+    tx = asgd(0.1, t0=np.inf, compensated=compensated)
+    params = hard_numbers(p_dtype)
+    scale = np.abs(np.asarray(params, np.float64))
+    rng = np.random.default_rng(1)
+    grads = jnp.asarray(scale * rng.standard_normal((4, params.size)), g_dtype)
+
+    assert_average_follows(tx, params, grads)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

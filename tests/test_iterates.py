@@ -22,7 +22,7 @@ from asgd_optax import (
 )
 from tests import reference
 from tests.support import assert_close, bits, enable_x64, precision_of, train_step
-from tests.test_exactness import hard_numbers
+from tests.test_exactness import assert_average_follows, hard_numbers
 
 INT32_MAX = 2**31 - 1
 EPS = float(np.finfo(np.float32).eps)
@@ -288,7 +288,6 @@ def test_half_precision_averages_the_iterates_really_applied(dtype, name):
 def test_before_averaging_the_average_is_the_params_bit_for_bit(
     name, p_dtype, g_dtype, compensated
 ):
-    """In one fused step, in a scan, in several unrolled, and with the update apart."""
     averaging = average_iterates(start=np.inf, compensated=compensated)
     tx = optax.chain(OPTIMIZERS[name](), averaging)
     params = hard_numbers(p_dtype)
@@ -296,34 +295,7 @@ def test_before_averaging_the_average_is_the_params_bit_for_bit(
     noise = np.random.default_rng(1).standard_normal((2, params.size))
     grads = jnp.asarray(scale * noise, g_dtype)
 
-    def fused(p, state):
-        step = jax.jit(lambda *carry_and_grads: train_step(tx, *carry_and_grads))
-        for g in grads:
-            p, state = step(p, state, g)
-        return p, state
-
-    def unrolled(p, state):
-        for g in grads:
-            p, state = train_step(tx, p, state, g)
-        return p, state
-
-    def scanned(p, state):
-        step = lambda carry, g: (train_step(tx, *carry, g), None)  # noqa: E731
-        return jax.lax.scan(step, (p, state), grads)[0]
-
-    def apart(p, state):
-        update = jax.jit(tx.update)
-        for g in grads:
-            updates, state = update(g, state, p)
-            p = optax.apply_updates(p, updates)
-        return p, state
-
-    for run in (fused, jax.jit(unrolled), jax.jit(scanned), apart):
-        p, state = run(params, tx.init(params))
-        assert bits(p) != bits(params)
-        assert bits(averaged_params(state, p)) == bits(p)
-        # Nor is anything hidden below the params' own precision.
-        assert bits(averaged_params(state)) == bits(p.astype(jnp.float32))
+    assert_average_follows(tx, params, grads)
 
 
 def passed_through(updates, compiled):
