@@ -7,6 +7,8 @@ from asgd_optax._asgd import asgd as asgd
 from asgd_optax._averaging import CompensatedMean as CompensatedMean
 from asgd_optax._iterates import AverageIteratesState as AverageIteratesState
 from asgd_optax._iterates import average_iterates as average_iterates
+from asgd_optax._nt_asgd import NTASGDState as NTASGDState
+from asgd_optax._nt_asgd import nt_asgd as nt_asgd
 from asgd_optax._running import RunningAverage as RunningAverage
 from asgd_optax._running import RunningAverageState as RunningAverageState
 from asgd_optax._running import running_average as running_average

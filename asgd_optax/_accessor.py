@@ -11,9 +11,10 @@ import optax
 from asgd_optax._asgd import ASGDState
 from asgd_optax._averaging import mean_value
 from asgd_optax._iterates import AverageIteratesState
+from asgd_optax._nt_asgd import NTASGDState
 
 # The field of each averaging state that holds its mean.
-_MEAN_FIELDS = {ASGDState: "ax", AverageIteratesState: "average"}
+_MEAN_FIELDS = {ASGDState: "ax", NTASGDState: "ax", AverageIteratesState: "average"}
 
 # The key under which a variable of Flax NNX holds its array.
 _BOXED = jax.tree_util.GetAttrKey("value")
@@ -71,8 +72,9 @@ def averaged_params(opt_state: Any, params: Any = None) -> Any:
     ]
     if not states:
         raise ValueError(
-            "opt_state holds no averaging state: is asgd or average_iterates part of"
-            " the optimizer, and is this the state its `init` or `update` returned?"
+            "opt_state holds no averaging state: is asgd, nt_asgd or average_iterates"
+            " part of the optimizer, and is this the state its `init` or `update`"
+            " returned?"
         )
     means = [
         (path, mean_value(getattr(node, _MEAN_FIELDS[type(node)])))

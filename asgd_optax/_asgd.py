@@ -118,20 +118,13 @@ def asgd(
       Bottou, `Large-scale machine learning with stochastic gradient descent
       <https://leon.bottou.org/publications/pdf/compstat-2010.pdf>`_, COMPSTAT 2010.
     """
-    for name, value in (
-        ("lambd", lambd),
-        ("alpha", alpha),
-        ("weight_decay", weight_decay),
-    ):
-        _checks.check_hyperparameter(name, value)
+    check_step_rule(learning_rate, lambd, alpha, weight_decay)
     _checks.check_hyperparameter("t0", t0, may_be_inf=True)
-    if not callable(learning_rate):
-        _checks.check_hyperparameter("learning_rate", learning_rate)
     _averaging.check_accumulator_dtype(accumulator_dtype)
 
     def eta_and_mu(step: jax.Array) -> tuple[jax.Array, jax.Array]:
         rate = learning_rate(step) if callable(learning_rate) else learning_rate
-        return _step_size(step, rate, lambd, alpha), _weight(step, t0)
+        return step_size(step, rate, lambd, alpha), weight(step, t0)
 
     def init_fn(params: Any) -> ASGDState:
         _checks.check_params(params)
@@ -143,38 +136,70 @@ def asgd(
         updates: Any, state: ASGDState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, ASGDState]:
         del extra_args
-        mean = _averaging.mean_value(state.ax)
-        _checks.check_update(updates, params, mean, "state.ax")
         step = jnp.asarray(state.step)
         eta, mu = eta_and_mu(step)
-        # (1 - lambd eta) p - eta (g + wd p) - p, without its cancellation.
         decay = float_of(lambd) + float_of(weight_decay)
-
-        def descend(g: jax.Array, p: jax.Array) -> jax.Array:
-            return -eta.astype(g.dtype) * (g + decay.astype(g.dtype) * p)
-
-        def step_of(g: Any, p: Any) -> jax.Array:
-            wide = _averaging.wide_dtype(g, p)
-            g, p = jnp.asarray(g, dtype=wide), jnp.asarray(p, dtype=wide)
-            return _averaging.on_real_parts(descend, g, p)
-
-        steps = jax.tree.map(step_of, updates, params)
-        steps = _averaging.round_updates(steps, updates)
-        iterates = optax.apply_updates(params, steps)
-        ax = _averaging.update_mean(state.ax, iterates, mu)
+        steps, ax = descend(updates, params, state.ax, eta, mu, decay)
         step = optax.safe_increment(step)
         return steps, ASGDState(step, *eta_and_mu(step), ax)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _step_size(step: jax.Array, rate: Any, lambd: Any, alpha: Any) -> jax.Array:
+def check_step_rule(
+    learning_rate: Any, lambd: Any, alpha: Any, weight_decay: Any
+) -> None:
+    """Raises unless these are numbers that serve, or the rate a schedule."""
+    for name, value in (
+        ("lambd", lambd),
+        ("alpha", alpha),
+        ("weight_decay", weight_decay),
+    ):
+        _checks.check_hyperparameter(name, value)
+    if not callable(learning_rate):
+        _checks.check_hyperparameter("learning_rate", learning_rate)
+
+
+def descend(
+    updates: Any, params: Any, ax: Any, eta: Any, mu: Any, decay: Any
+) -> tuple[Any, Any]:
+    """p' = p - eta (g + decay p), and the average with p' at weight mu.
+
+    Args:
+      updates: the gradients g.
+      params: p.
+      ax: the average so far.
+      eta: the step size. Shape (), floating, as the next two.
+      mu: the weight of p' in the average.
+      decay: lambd + weight_decay: with it (1 - lambd eta) p - eta (g + wd p) - p is
+        written without its cancellation.
+
+    Returns:
+      The steps p' - p, in the dtypes of `updates`, and the new average.
+    """
+    _checks.check_update(updates, params, _averaging.mean_value(ax), "state.ax")
+
+    def minus_eta_d(g: jax.Array, p: jax.Array) -> jax.Array:
+        return -eta.astype(g.dtype) * (g + decay.astype(g.dtype) * p)
+
+    def step_of(g: Any, p: Any) -> jax.Array:
+        wide = _averaging.wide_dtype(g, p)
+        g, p = jnp.asarray(g, dtype=wide), jnp.asarray(p, dtype=wide)
+        return _averaging.on_real_parts(minus_eta_d, g, p)
+
+    steps = jax.tree.map(step_of, updates, params)
+    steps = _averaging.round_updates(steps, updates)
+    iterates = optax.apply_updates(params, steps)
+    return steps, _averaging.update_mean(ax, iterates, mu)
+
+
+def step_size(step: jax.Array, rate: Any, lambd: Any, alpha: Any) -> jax.Array:
     """lr / (1 + lambd lr t)^alpha."""
     rate, lambd, alpha = float_of(rate), float_of(lambd), float_of(alpha)
     return rate / (1 + lambd * rate * step.astype(rate.dtype)) ** alpha
 
 
-def _weight(step: jax.Array, t0: Any) -> jax.Array:
+def weight(step: jax.Array, t0: Any) -> jax.Array:
     """1 / max(1, t - t0)."""
     whole, fraction = split_start(t0)
     since = (step - whole).astype(fraction.dtype) - fraction

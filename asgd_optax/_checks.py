@@ -22,12 +22,17 @@ def concrete(value: Any) -> np.float64:
     return np.float64(np.real(np.asarray(value)))
 
 
-def check_hyperparameter(name: str, value: Any, *, may_be_inf: bool = False) -> None:
-    """Raises unless `value` is a nonnegative scalar; of a traced one, a scalar."""
+def check_scalar(name: str, value: Any) -> None:
+    """Raises unless `value` is one number, traced or not."""
     if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number; got {value!r}")
     if np.ndim(value) != 0:
         raise ValueError(f"{name} must be a scalar; got shape {np.shape(value)}")
+
+
+def check_hyperparameter(name: str, value: Any, *, may_be_inf: bool = False) -> None:
+    """Raises unless `value` is a nonnegative scalar; of a traced one, a scalar."""
+    check_scalar(name, value)
     if is_traced(value):
         return
     number = concrete(value)

@@ -43,6 +43,28 @@ def asgd(params, gradients, **hyperparameters):
         yield p, ax, step
 
 
+def nt_asgd(params, gradients, losses, *, nonmono, learning_rate, **hyperparameters):
+    """Yields (params, average, triggered) after each gradient of the sequence.
+
+    `losses` are those given to the updates, None for none.
+    """
+    p, ax, since, earlier = params, params, None, []
+    for n, (g, loss) in enumerate(zip(gradients, losses, strict=True)):
+        if loss is not None:
+            if len(earlier) > nonmono and loss > min(earlier[:-nonmono]):
+                since = 0 if since is None else since
+            earlier.append(loss)
+        rate = learning_rate(n) if callable(learning_rate) else learning_rate
+        if since is None:
+            decay = hyperparameters.get("weight_decay", 0)
+            p = ax = p - rate * (g + decay * p)
+        else:
+            p, ax, since = asgd_step(
+                p, g, ax, since, learning_rate=rate, t0=0, **hyperparameters
+            )
+        yield p, ax, since is not None
+
+
 def average_iterates(iterates, weighting, parameter=None, start=0, every=1):
     """Yields the average after each iterate, as a sum over those stored."""
     for step in range(1, len(iterates) + 1):

@@ -10,7 +10,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from asgd_optax import ASGDState, CompensatedMean, asgd
+from asgd_optax import ASGDState, CompensatedMean, asgd, nt_asgd
 from tests.support import bits, random_tree, train_step
 from tests.transformations import ROWS
 
@@ -91,6 +91,30 @@ def test_a_restored_state_serves_outside_jit(way, tmp_path):
     grads = gradients(3, "bfloat16")
     expected = train_step(tx, params, state, grads)
     assert bits(train_step(tx, *restored, grads)) == bits(expected)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_a_trigger_restored_before_it_fires_does_so_at_the_same_loss(
+    way, stop, tmp_path
+):
+    losses = [4.0, 3.0, 3.5, 2.0, 2.5, 3.2, 1.0]  # 3.2 is above the lowest but two
+    tx = chain(nt_asgd(0.1, nonmono=2))
+    params = tree(0, "float32")
+
+    def fired(state, steps):
+        flags = []
+        for step in steps:
+            grads = gradients(step, "float32")
+            _, state = tx.update(grads, state, params, validation_loss=losses[step])
+            flags.append(bool(state[1].triggered))
+        return state, flags
+
+    fresh = tx.init(params)
+    saved, before = fired(fresh, range(stop))
+    restored = way(saved, fresh, tmp_path)
+    _, after = fired(restored, range(stop, 7))
+    assert before + after == [False] * 5 + [True] * 2
 
 
 @pytest.mark.parametrize("way", WAYS)

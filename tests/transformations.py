@@ -10,6 +10,7 @@ from asgd_optax import (
     asgd,
     average_iterates,
     exponential_weighting,
+    nt_asgd,
     polynomial_weighting,
     uniform_weighting,
 )
@@ -63,10 +64,30 @@ def _exponential(learning_rate, decay, start=1):
     )
 
 
+def _nt_asgd(learning_rate, lambd, alpha, weight_decay, compensated=False):
+    """Given losses that rise from the first on, it triggers at the third update."""
+    tx = nt_asgd(
+        learning_rate,
+        nonmono=1,
+        lambd=lambd,
+        alpha=alpha,
+        weight_decay=weight_decay,
+        compensated=compensated,
+    )
+
+    def update(updates, state, params=None, **extra):
+        return tx.update(updates, state, params, validation_loss=state.step, **extra)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+_NT_ASGD = {name: v for name, v in _ASGD.items() if name != "t0"}
+
 ROWS = [
     Row("asgd", asgd, _ASGD, {}),
     Row("asgd-compensated", asgd, _ASGD, {"compensated": True}),
     Row("asgd-float32", asgd, _ASGD, {"accumulator_dtype": "float32"}),
+    Row("nt_asgd", _nt_asgd, _NT_ASGD, {}),
     Row("uniform", _uniform, {"learning_rate": 0.3}, {}),
     Row("uniform-every", _uniform, {"learning_rate": 0.3}, {"every": 2}),
     Row("uniform-compensated", _uniform, {"learning_rate": 0.3}, {"compensated": True}),

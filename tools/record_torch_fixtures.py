@@ -116,7 +116,7 @@ def run_torch(
 
     weights = {name: torch.from_numpy(np.array(p)) for name, p in params.items()}
     rows: dict[str, list[np.ndarray]] = {}
-    with _default_dtype_as(next(iter(weights.values()))):
+    with default_dtype_as(next(iter(weights.values()))):
         optimizer = torch.optim.ASGD(
             weights.values(), **case.arguments, foreach=foreach
         )
@@ -143,7 +143,7 @@ def run_torch(
 
 
 @contextlib.contextmanager
-def _default_dtype_as(weight: Any) -> Iterator[None]:
+def default_dtype_as(weight: Any) -> Iterator[None]:
     """Torch's default dtype is float64 within, if `weight` is of double precision.
 
     ASGD keeps eta, mu and step in float32 unless the default dtype is float64, of

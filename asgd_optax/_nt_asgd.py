@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Averaging that starts by itself: non-monotonically triggered ASGD."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from asgd_optax import _averaging, _checks
+from asgd_optax._asgd import check_step_rule, descend, step_size, weight
+from asgd_optax._steps import float_of
+
+
+class NTASGDState(NamedTuple):
+    """State of `nt_asgd`.
+
+    Attributes:
+      step: number of finished updates. Shape (), int32; stays at 2**31 - 1.
+      triggered: whether averaging has been started. Shape (), bool.
+      since: number of finished updates since it was, that one included; 0 before.
+        Shape (), int32; stays at 2**31 - 1.
+      recent: the last `nonmono` validation losses, the latest last; infinite where
+        there were fewer. Shape (nonmono,), JAX's default float dtype.
+      lowest: the lowest of the losses before those; infinite where there were none.
+        Shape (), as `recent`.
+      ax: the average, as `ASGDState.ax`: the current iterate until `triggered`.
+    """
+
+    step: jax.Array
+    triggered: jax.Array
+    since: jax.Array
+    recent: jax.Array
+    lowest: jax.Array
+    ax: Any
+
+
+def nt_asgd(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    nonmono: int = 5,
+    lambd: jax.typing.ArrayLike = 0.0,
+    alpha: jax.typing.ArrayLike = 0.75,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    accumulator_dtype: Any = None,
+    compensated: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Non-monotonically triggered ASGD (Merity, Keskar & Socher 2017).
+
+    SGD with weight decay until the validation loss stops improving, and from then
+    on, in the same compiled program, what a fresh `asgd(t0=0)` does. With
+    :math:`t` updates done, :math:`k` of them since the trigger (0 until then), one
+    more takes the parameters :math:`p` and the gradient :math:`g` to
+
+    .. math::
+
+        \eta &= \mathrm{lr} / (1 + \lambda\,\mathrm{lr}\,k)^\alpha \\
+        p' &= (1 - \lambda\eta)\,p - \eta\,(g + \mathrm{wd}\,p)
+
+    with :math:`\lambda = 0` before the trigger. Until :math:`k = 2` the average is
+    :math:`p'`; from there on it is the mean of the iterates, that of torch's
+    ``ASGD(t0=0)``, without the first after the trigger.
+
+    Give a validation loss just measured to the next update, `validation_loss=v`. It
+    triggers at once where v is above the lowest of all losses but the last
+    `nonmono`: the rule of the AWD-LSTM code, which differs from the paper's text.
+    It triggers once; losses after that change nothing.
+
+    Args:
+      learning_rate: lr, a number or a schedule: a function of :math:`t`, which
+        counts all updates. Per gradient unit.
+      nonmono: how many of the latest losses the new one is not compared with, a
+        whole number of at least 1. It sets the size of the state and so is no
+        traced value; where one state is handed on it is the state's that counts.
+      lambd: :math:`\lambda`, decay of the parameters and of the step size once
+        triggered.
+      alpha: :math:`\alpha`, power of the step size's decay.
+      weight_decay: wd, L2 penalty added to the gradient.
+      accumulator_dtype: precision of the average, as for `asgd`.
+      compensated: whether to keep the average as a `CompensatedMean`.
+
+    The other numeric hyperparameters are scalars and may be traced.
+
+    Returns:
+      A transformation whose `init(params)` copies the parameters into an
+      `NTASGDState` and whose `update(gradients, state, params, *,
+      validation_loss=None, **ignored)` returns the step from :math:`p` to
+      :math:`p'`, in the gradients' shapes and dtypes, and the new state.
+      `validation_loss` is a real scalar, compared in JAX's default float dtype;
+      `None` and NaN mean that none was measured. (An array that is NaN at most
+      steps keeps one compilation for all.) Where devices train together it must be
+      the same on each. `optax.tree_utils.tree_get(state, "triggered")` tells
+      whether averaging has started.
+
+    Raises:
+      TypeError: as `asgd`; a `validation_loss` that is no real number.
+      ValueError: as `asgd`; a `nonmono` that is less than 1, not whole or traced; a
+        `validation_loss` that is not a scalar.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> from asgd_optax import averaged_params, nt_asgd
+      >>> tx = nt_asgd(0.5, nonmono=1)
+      >>> params = jnp.array(8.0)
+      >>> state = tx.init(params)
+      >>> for loss in [3.0, 2.0, 4.0, None, None]:  # 4.0 is above 3.0
+      ...     grads = jnp.array(1.0)
+      ...     updates, state = tx.update(grads, state, params, validation_loss=loss)
+      ...     params = optax.apply_updates(params, updates)
+      ...     print(params, averaged_params(state), state.triggered)
+      7.5 7.5 False
+      7.0 7.0 False
+      6.5 6.5 True
+      6.0 6.0 True
+      5.5 5.75 True
+
+    References:
+      Merity, Keskar & Socher, `Regularizing and optimizing LSTM language models
+      <https://arxiv.org/abs/1708.02182>`_, ICLR 2018; the rule is that of `its code
+      <https://github.com/salesforce/awd-lstm-lm/blob/master/main.py>`_.
+    """
+    check_step_rule(learning_rate, lambd, alpha, weight_decay)
+    _checks.check_count("nonmono", nonmono, at_least=1)
+    if not _checks.is_traced(nonmono) and _checks.concrete(nonmono) == np.inf:
+        raise ValueError("nonmono must be finite; got inf")
+    _averaging.check_accumulator_dtype(accumulator_dtype)
+
+    def init_fn(params: Any) -> NTASGDState:
+        _checks.check_params(params)
+        if _checks.is_traced(nonmono):
+            raise ValueError(
+                "nonmono sets the size of the state and cannot be traced: under"
+                ' optax.inject_hyperparams name it, as in static_args="nonmono"'
+            )
+        none = jnp.full(int(_checks.concrete(nonmono)), jnp.inf, jnp.result_type(float))
+        return NTASGDState(
+            step=jnp.zeros([], jnp.int32),
+            triggered=jnp.zeros([], bool),
+            since=jnp.zeros([], jnp.int32),
+            recent=none,
+            lowest=none[0],
+            ax=_averaging.init_mean(params, accumulator_dtype, compensated),
+        )
+
+    def update_fn(
+        updates: Any,
+        state: NTASGDState,
+        params: Any = None,
+        *,
+        validation_loss: Any = None,
+        **extra_args: Any,
+    ) -> tuple[Any, NTASGDState]:
+        del extra_args
+        step, since = jnp.asarray(state.step), jnp.asarray(state.since)
+        triggered, recent, lowest = _validate(
+            validation_loss,
+            jnp.asarray(state.triggered),
+            jnp.asarray(state.recent),
+            jnp.asarray(state.lowest),
+        )
+        rate = learning_rate(step) if callable(learning_rate) else learning_rate
+        # `since` is 0 before the trigger: the rate undecayed, the weight 1.
+        eta = step_size(since, rate, lambd, alpha)
+        decay = jnp.where(triggered, float_of(lambd), 0) + float_of(weight_decay)
+        steps, ax = descend(updates, params, state.ax, eta, weight(since, 0), decay)
+        return steps, NTASGDState(
+            step=optax.safe_increment(step),
+            triggered=triggered,
+            since=jnp.where(triggered, optax.safe_increment(since), 0),
+            recent=recent,
+            lowest=lowest,
+            ax=ax,
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _validate(
+    loss: Any, triggered: jax.Array, recent: jax.Array, lowest: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`triggered`, `recent` and `lowest` after a validation loss, or none.
+
+    With the earlier losses h: `if len(h) > nonmono and v > min(h[:-nonmono])`, and
+    then `h.append(v)`. `lowest` is that minimum, infinite of no losses, which no
+    loss is above: there is no need to count them.
+    """
+    if loss is None:
+        return triggered, recent, lowest
+    _checks.check_scalar("validation_loss", loss)
+    if jnp.iscomplexobj(loss):
+        raise TypeError(f"validation_loss must be real; got {loss!r}")
+    loss = jnp.asarray(loss, dtype=recent.dtype)
+    triggered = triggered | (loss > lowest)
+    measured = loss == loss  # NaN is none
+    lowest = jnp.where(measured, jnp.minimum(lowest, recent[0]), lowest)
+    recent = jnp.where(measured, jnp.append(recent[1:], loss), recent)
+    return triggered, recent, lowest

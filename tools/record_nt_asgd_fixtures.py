@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Records AWD-LSTM's training loop in torch into tests/fixtures/torch_nt_asgd.npz.
+
+Run it with torch 2.13 on the CPU: `python -m tools.record_nt_asgd_fixtures`. Another
+run writes the same bytes. Only `run_torch` needs torch; the tests import the rest
+of this module, and `run_torch` too where torch is installed.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tools import record_torch_fixtures
+from tools.record_torch_fixtures import default_dtype_as, draw_problem
+
+FIXTURES = record_torch_fixtures.FIXTURES.with_name("torch_nt_asgd.npz")
+
+DTYPES = ("float32", "float64")
+SHAPES = {"vector": (3,)}
+EPOCHS = 24
+UPDATES = 3  # an epoch
+SEQUENCES = 40  # of validation losses, a case
+
+
+class Case(NamedTuple):
+    """The options of the training loop, by their names there, and ASGD's lambd."""
+
+    lr: float
+    wdecay: float
+    nonmono: int
+    lambd: float
+
+
+CASES = {
+    "AWD-LSTM's defaults": Case(30.0, 1.2e-6, 5, 0.0),
+    "the least nonmono": Case(0.1, 0.1, 1, 0.0),
+    "decays": Case(0.5, 0.01, 3, 0.02),
+}
+
+# Epochs after which params and averages are recorded; a live run compares all.
+CHECKPOINTS = (6, 12, 18, 24)
+
+RECIPE = repr((CASES, CHECKPOINTS, SHAPES, EPOCHS, UPDATES, SEQUENCES))
+
+
+class Run(NamedTuple):
+    """What one loop did.
+
+    Attributes:
+      fired: the number of the epoch whose validation loss fired, from 1; 0 for none.
+      params: after each epoch. Shape (EPOCHS, 3).
+      average: what the loop would evaluate, as `params`.
+    """
+
+    fired: int
+    params: np.ndarray
+    average: np.ndarray
+
+
+def draw_losses() -> np.ndarray:
+    """Sequences of validation losses, of all kinds. Shape (SEQUENCES, EPOCHS).
+
+    They fall and flatten with noise, more or less of it; some have a jump or only
+    rise. They are multiples of 1/64, so that there are ties and no rounding.
+    """
+    random = np.random.RandomState(1)
+    epochs = np.arange(EPOCHS)
+    rows = []
+    for n in range(SEQUENCES):
+        pace, noise = random.uniform(0.02, 0.5), random.uniform(0, 0.5)
+        losses = np.exp2(-pace * epochs) + noise * random.uniform(-1, 1, EPOCHS)
+        if n % 8 == 6:
+            losses = losses + (epochs == random.randint(EPOCHS)) * 4
+        if n % 8 == 7:
+            losses = np.sort(losses)
+        rows.append(np.round(64 * losses) / 64)
+    return np.stack(rows)
+
+
+def run_torch(
+    case: Case, weight: np.ndarray, gradients: np.ndarray, losses: np.ndarray
+) -> Run:
+    """SGD, the released code's switch, then a fresh ASGD, as that loop has them."""
+    import torch
+
+    w = torch.from_numpy(np.array(weight))
+    optimizer: Any = torch.optim.SGD([w], lr=case.lr, weight_decay=case.wdecay)
+    earlier: list[float] = []
+    fired, params, averages = 0, [], []
+    with default_dtype_as(w):
+        for epoch in range(EPOCHS):
+            for update in range(UPDATES):
+                w.grad = torch.from_numpy(np.array(gradients[UPDATES * epoch + update]))
+                optimizer.step()
+            averaging = "t0" in optimizer.param_groups[0]
+            average = optimizer.state[w]["ax"] if averaging else w
+            params.append(w.numpy().copy())
+            averages.append(average.numpy().copy())
+            if averaging or epoch == EPOCHS - 1:  # no update comes after the last
+                continue
+            if len(earlier) > case.nonmono and losses[epoch] > min(
+                earlier[: -case.nonmono]
+            ):
+                fired = epoch + 1
+                optimizer = torch.optim.ASGD(
+                    [w],
+                    lr=case.lr,
+                    t0=0,
+                    lambd=case.lambd,
+                    weight_decay=case.wdecay,
+                )
+            earlier.append(losses[epoch])
+    return Run(fired, np.stack(params), np.stack(averages))
+
+
+def problem(dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """The initial weight, and the gradients of all updates."""
+    params, gradients = draw_problem(dtype, EPOCHS * UPDATES, SHAPES)
+    return params["vector"], gradients["vector"]
+
+
+def main() -> None:
+    """Records every case, every sequence of losses, both dtypes."""
+    import torch
+
+    if not torch.__version__.startswith("2.13."):
+        raise SystemExit(f"torch 2.13 is wanted; this is {torch.__version__}")
+    arrays = {"recipe": np.array(RECIPE)}
+    picked = np.array(CHECKPOINTS) - 1
+    for dtype in DTYPES:
+        for name, case in CASES.items():
+            runs = [run_torch(case, *problem(dtype), row) for row in draw_losses()]
+            where = f"{dtype}/{name}"
+            arrays[f"{where}/fired"] = np.array([run.fired for run in runs], np.int8)
+            arrays[f"{where}/params"] = np.stack([run.params[picked] for run in runs])
+            arrays[f"{where}/average"] = np.stack([run.average[picked] for run in runs])
+    np.savez_compressed(FIXTURES, **arrays)
+
+
+if __name__ == "__main__":
+    main()
