@@ -14,9 +14,6 @@ from asgd_optax import ASGDState, CompensatedMean, asgd, nt_asgd
 from tests.support import bits, random_tree, train_step
 from tests.transformations import ROWS
 
-# Those of bfloat16 params hold float32 averages besides.
-DTYPES = ["bfloat16"]
-
 
 def through_a_state_dict(saved, like, folder):
     del folder
@@ -54,28 +51,27 @@ def gradients(step, dtype):
     return tree(100 + step, dtype)
 
 
-def train(tx, params, state, steps, dtype):
-    step_fn = jax.jit(functools.partial(train_step, tx))
-    for step in steps:
-        params, state = step_fn(params, state, gradients(step, dtype))
-    return params, state
-
-
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_a_restored_run_goes_on_to_the_bit(row, dtype, way, tmp_path):
+def test_a_restored_run_goes_on_to_the_bit(row, tmp_path):
     tx = chain(row.make())
-    params = tree(0, dtype)
+    # Those of bfloat16 params hold float32 averages besides.
+    params = tree(0, "bfloat16")
+    step_fn = jax.jit(functools.partial(train_step, tx))
+
+    def train(params, state, steps):
+        for step in steps:
+            params, state = step_fn(params, state, gradients(step, "bfloat16"))
+        return params, state
+
     fresh = (params, tx.init(params))
-    saved = train(tx, *fresh, range(5), dtype)
+    saved = train(*fresh, range(5))
     assert bits(saved) != bits(fresh)
-    restored = way(saved, fresh, tmp_path)
-    assert jax.tree.structure(restored) == jax.tree.structure(saved)
-    assert bits(restored) == bits(saved)
-    assert bits(train(tx, *restored, range(5, 9), dtype)) == bits(
-        train(tx, *saved, range(5, 9), dtype)
-    )
+    expected = train(*saved, range(5, 9))
+    for way in WAYS:
+        restored = way(saved, fresh, tmp_path)
+        assert jax.tree.structure(restored) == jax.tree.structure(saved)
+        assert bits(restored) == bits(saved)
+        assert bits(train(*restored, range(5, 9))) == bits(expected), way
 
 
 @pytest.mark.parametrize("way", WAYS)

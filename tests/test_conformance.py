@@ -24,21 +24,11 @@ DTYPES = ["float16", "bfloat16", "float32", "float64", "complex64", "complex128"
 each_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 
 
-def over_hyperparameters(rows):
-    return pytest.mark.parametrize(
-        ("row", "name"),
-        [
-            pytest.param(row, name, id=f"{row.name}-{name}")
-            for row in rows
-            for name in row.hyperparameters
-        ],
-    )
-
-
-each_hyperparameter = over_hyperparameters(ROWS)
 # An average that is rounded to float32 has no finite differences in float64.
-smooth_in_each_hyperparameter = over_hyperparameters(
-    [row for row in ROWS if "accumulator_dtype" not in row.options]
+smooth_in_hyperparameters = pytest.mark.parametrize(
+    "row",
+    [row for row in ROWS if "accumulator_dtype" not in row.options],
+    ids=lambda row: row.name,
 )
 
 
@@ -79,36 +69,47 @@ def test_scan_equals_loop(row):
     assert_close(scanned, looped, 1e-6, 1e-6)
 
 
-@each_hyperparameter
-def test_vmap_over_a_hyperparameter_equals_a_loop(row, name):
+@each_row
+def test_vmap_over_hyperparameters_equals_a_loop(row):
     params, grads = random_tree(0, "float32"), gradients()
-    values = row.hyperparameters[name] * jnp.array([0.5, 1.0, 2.0])
+    # Each set of hyperparameters differs in one of them.
+    sets = [
+        {**row.hyperparameters, name: factor * row.hyperparameters[name]}
+        for name in row.hyperparameters
+        for factor in (0.5, 2.0)
+    ]
 
-    def average(value):
-        params_, state = train(row.make(**{name: value}), params, grads)
-        return averaged_params(state, params_), state
+    def run(hyperparameters):
+        return train(row.make(**hyperparameters), params, grads)
 
-    batch = jax.jit(jax.vmap(average))(values)
-    for i, value in enumerate(values):
+    batch = jax.jit(jax.vmap(run))(
+        stacked([jax.tree.map(jnp.float32, s) for s in sets])
+    )
+    for i, hyperparameters in enumerate(sets):
         one = jax.tree.map(lambda x, i=i: x[i], batch)
-        assert_close(one, average(float(value)), 2e-6, 2e-6)
+        assert_close(one, run(hyperparameters), 2e-6, 2e-6)
 
 
-@smooth_in_each_hyperparameter
-def test_grad_over_a_hyperparameter_equals_finite_differences(row, name):
+@smooth_in_hyperparameters
+def test_grad_over_hyperparameters_equals_finite_differences(row):
     with enable_x64(True):
         params, grads = random_tree(0, "float64"), gradients("float64")
 
         @jax.jit
-        def loss(value):
-            p, state = train(row.make(**{name: value}), params, grads)
+        def loss(hyperparameters):
+            p, state = train(row.make(**hyperparameters), params, grads)
             trees = jax.tree.leaves((p, averaged_params(state, p)))
             return sum(jnp.sum(jnp.sin(x)) for x in trees)
 
-        value, h = row.hyperparameters[name], 1e-5
-        numeric = (loss(value + h) - loss(value - h)) / (2 * h)
-        assert abs(numeric) > 1e-4  # or there would be nothing to compare
-        np.testing.assert_allclose(jax.grad(loss)(value), numeric, rtol=1e-7, atol=1e-9)
+        at, h = jax.tree.map(jnp.float64, row.hyperparameters), 1e-5
+        exact = jax.grad(loss)(at)
+        for name, value in at.items():
+            above, below = ({**at, name: value + d} for d in (h, -h))
+            numeric = (loss(above) - loss(below)) / (2 * h)
+            assert abs(numeric) > 1e-4  # or there would be nothing to compare
+            np.testing.assert_allclose(
+                exact[name], numeric, rtol=1e-7, atol=1e-9, err_msg=name
+            )
 
 
 @each_row
@@ -181,44 +182,45 @@ def test_shapes_and_dtypes_are_stable(row, dtype):
 
 
 @each_row
-@pytest.mark.parametrize(
-    ("p_dtype", "g_dtype"),
-    [
+def test_updates_leave_in_the_gradients_dtype(row):
+    pairs = [
         ("bfloat16", "bfloat16"),
         ("bfloat16", "float32"),
         ("float16", "float16"),
         ("float32", "bfloat16"),
         ("float32", "float16"),
-    ],
-)
-def test_updates_leave_in_the_gradients_dtype(row, p_dtype, g_dtype):
-    tx, params = row.make(), random_tree(0, p_dtype)
-    (g,) = gradients(g_dtype, 1)
-    updates, state = jax.jit(tx.update)(g, tx.init(params), params)
-    assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(g_dtype)}
+    ]
+    tx = row.make()
+    params = {pair: random_tree(0, pair[0]) for pair in pairs}
+    grads = {pair: random_tree(1, pair[1]) for pair in pairs}
+    updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
+    for pair in pairs:
+        found = {x.dtype for x in jax.tree.leaves(updates[pair])}
+        assert found == {jnp.dtype(pair[1])}
     mean = averaged_params(state)
     assert {x.dtype for x in jax.tree.leaves(mean)} == {jnp.dtype("float32")}
     back = averaged_params(state, params)
-    assert {x.dtype for x in jax.tree.leaves(back)} == {jnp.dtype(p_dtype)}
+    assert jax.tree.map(jnp.result_type, back) == jax.tree.map(jnp.result_type, params)
 
 
-@each_hyperparameter
-def test_an_injected_hyperparameter_acts_at_once(row, name):
+@each_row
+def test_an_injected_hyperparameter_acts_at_once(row):
     params, grads = random_tree(0, "float32"), gradients()
     injected = optax.inject_hyperparams(row.factory)(
         **row.hyperparameters, **row.options
     )
     step = jax.jit(train_step, static_argnums=0)
     p, state = train(injected, params, grads, step)
-    changed = row.hyperparameters[name] * 1.5
-    state.hyperparams[name] = jnp.asarray(changed)
-    # The expected step: another transformation, made with the value, on this state.
-    tx = row.make(**{name: changed})
-    expected = step(tx, p, state.inner_state, grads[0])
-    found_p, found = step(injected, p, state, grads[0])
-    assert_close((found_p, found.inner_state), expected, 2e-6, 2e-6)
     untouched = step(row.make(), p, state.inner_state, grads[0])
-    assert bits(untouched) != bits(expected)
+    for name, value in row.hyperparameters.items():
+        # The expected step: another transformation, made with the value, on this state.
+        tx = row.make(**{name: 1.5 * value})
+        expected = step(tx, p, state.inner_state, grads[0])
+        values = {**state.hyperparams, name: jnp.asarray(1.5 * value)}
+        changed = state._replace(hyperparams=values)
+        found_p, found = step(injected, p, changed, grads[0])
+        assert_close((found_p, found.inner_state), expected, 2e-6, 2e-6)
+        assert bits(untouched) != bits(expected), name
 
 
 @each_row

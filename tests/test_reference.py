@@ -56,9 +56,9 @@ def assert_follows_reference(run, params, gradients, hps, dtype):
             np.testing.assert_allclose(state.mu, mu, rtol=8 * eps)
 
 
-def trajectory(hps, params, gradients, compensated=False):
+def trajectory(hps, params, gradients):
     """The params and the state after each update."""
-    tx = asgd(**hps, compensated=compensated)
+    tx = asgd(**hps)
     state, out = tx.init(params), []
     for g in gradients:
         params, state = train_step(tx, params, state, g)
@@ -70,7 +70,20 @@ def trajectory(hps, params, gradients, compensated=False):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_traced_hyperparameters(dtype, compensated):
     # Hyperparameters as arguments: one compilation for all examples.
-    run = jax.jit(partial(trajectory, compensated=compensated))
+    @jax.jit
+    def scanned(hps, params, gradients):
+        tx = asgd(**hps, compensated=compensated)
+
+        def body(carry, g):
+            carry = train_step(tx, *carry, g)
+            return carry, carry
+
+        return jax.lax.scan(body, (params, tx.init(params)), gradients)[1]
+
+    def run(hps, params, gradients):
+        stacked = jax.tree.map(lambda *g: jnp.stack(g), *gradients)
+        path = jax.device_get(scanned(hps, params, stacked))
+        return [jax.tree.map(lambda x, n=n: x[n], path) for n in range(STEPS)]
 
     @settings(max_examples=40)
     @given(hps=hyperparameters, seed=st.integers(0, 2**16))
