@@ -9,6 +9,10 @@ from asgd_optax._iterates import AverageIteratesState as AverageIteratesState
 from asgd_optax._iterates import average_iterates as average_iterates
 from asgd_optax._nt_asgd import NTASGDState as NTASGDState
 from asgd_optax._nt_asgd import nt_asgd as nt_asgd
+from asgd_optax._random_scaling import ConfidenceInterval as ConfidenceInterval
+from asgd_optax._random_scaling import RandomScalingState as RandomScalingState
+from asgd_optax._random_scaling import confidence_interval as confidence_interval
+from asgd_optax._random_scaling import track_random_scaling as track_random_scaling
 from asgd_optax._running import RunningAverage as RunningAverage
 from asgd_optax._running import RunningAverageState as RunningAverageState
 from asgd_optax._running import running_average as running_average

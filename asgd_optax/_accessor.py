@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The way out: the average, wherever it stands in an optimizer's state."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,15 @@ from asgd_optax._asgd import ASGDState
 from asgd_optax._averaging import mean_value
 from asgd_optax._iterates import AverageIteratesState
 from asgd_optax._nt_asgd import NTASGDState
+from asgd_optax._random_scaling import RandomScalingState
 
 # The field of each averaging state that holds its mean.
-_MEAN_FIELDS = {ASGDState: "ax", NTASGDState: "ax", AverageIteratesState: "average"}
+_MEAN_FIELDS = {
+    ASGDState: "ax",
+    NTASGDState: "ax",
+    AverageIteratesState: "average",
+    RandomScalingState: "average",
+}
 
 # The key under which a variable of Flax NNX holds its array.
 _BOXED = jax.tree_util.GetAttrKey("value")
@@ -72,12 +78,16 @@ def averaged_params(opt_state: Any, params: Any = None) -> Any:
     ]
     if not states:
         raise ValueError(
-            "opt_state holds no averaging state: is asgd, nt_asgd or average_iterates"
-            " part of the optimizer, and is this the state its `init` or `update`"
-            " returned?"
+            "opt_state holds no averaging state: is asgd, nt_asgd, average_iterates or"
+            " track_random_scaling part of the optimizer, and is this the state its"
+            " `init` or `update` returned?"
         )
     means = [
-        (path, mean_value(getattr(node, _MEAN_FIELDS[type(node)])))
+        _Mean(
+            path,
+            mean_value(getattr(node, _MEAN_FIELDS[type(node)])),
+            type(node) is RandomScalingState,
+        )
         for path, node in states
     ]
     return _merge((), means, _MISSING if params is None else params)
@@ -87,7 +97,21 @@ def _is_averaging(node: Any) -> bool:
     return type(node) in _MEAN_FIELDS
 
 
-def _merge(at: tuple[Any, ...], means: list[tuple[Any, Any]], params: Any) -> Any:
+class _Mean(NamedTuple):
+    """An average, or a part of one.
+
+    Attributes:
+      where: path of its state.
+      tree: the part of it that is to be merged.
+      stands_back: whether it serves only where there is no other.
+    """
+
+    where: Any
+    tree: Any
+    stands_back: bool
+
+
+def _merge(at: tuple[Any, ...], means: list[_Mean], params: Any) -> Any:
     """One tree of several: at each leaf the mean that is not masked there.
 
     Level by level and by keys, for two reasons: masks may be prefix trees, so one
@@ -95,27 +119,27 @@ def _merge(at: tuple[Any, ...], means: list[tuple[Any, Any]], params: Any) -> An
     a mean and of `params` may differ (NNX keeps states of variables, of optimizer
     variables and of plain arrays).
     """
-    means = [(w, m) for w, m in means if not isinstance(m, optax.MaskedNode)]
+    means = [mean for mean in means if not isinstance(mean.tree, optax.MaskedNode)]
     name = jax.tree_util.keystr(at) or "the parameters"
     if not means:
         if params is _MISSING:
             raise ValueError(f"nothing averages {name}: pass `params` to fill it in")
         return params
-    children, treedef = _one_level(means[0][1] if params is _MISSING else params)
+    children, treedef = _one_level(means[0].tree if params is _MISSING else params)
     if children is None:
         return _merge_leaf(name, means, params)
     levels = []
-    for where, mean in means:
-        level, _ = _one_level(mean)
+    for mean in means:
+        level, _ = _one_level(mean.tree)
         if level is None and list(children) == [_BOXED]:
-            level = {_BOXED: mean}
+            level = {_BOXED: mean.tree}
         if level is None or level.keys() != children.keys():
-            raise ValueError(_misfit(name, mean, level, children))
-        levels.append((where, level))
+            raise ValueError(_misfit(name, mean.tree, level, children))
+        levels.append((mean, level))
     merged = [
         _merge(
             (*at, key),
-            [(where, level[key]) for where, level in levels],
+            [mean._replace(tree=level[key]) for mean, level in levels],
             _MISSING if params is _MISSING else child,
         )
         for key, child in children.items()
@@ -133,15 +157,16 @@ def _misfit(name: str, mean: Any, level: Any, children: Any) -> str:
     return prefix + f"the average lacks {lacking} and has {besides} besides"
 
 
-def _merge_leaf(name: str, means: list[tuple[Any, Any]], params: Any) -> Any:
+def _merge_leaf(name: str, means: list[_Mean], params: Any) -> Any:
     """The one mean of a leaf, in the dtype of its parameter where that is known."""
+    means = [mean for mean in means if not mean.stands_back] or means
     if len(means) > 1:
-        places = [f"opt_state{jax.tree_util.keystr(where)}" for where, _ in means]
+        places = [f"opt_state{jax.tree_util.keystr(mean.where)}" for mean in means]
         raise ValueError(
             f"{' and '.join(places)} both average {name}: pass the sub-state wanted, as"
             f" in averaged_params({places[-1]}, params); optax.named_chain names them"
         )
-    mean = means[0][1]
+    mean = means[0].tree
     if params is _MISSING:
         return mean
     children, _ = _one_level(mean)

@@ -85,3 +85,12 @@ def weighting_shares(weighting, parameter, count):
     if weighting == "polynomial":  # n^gamma as a rising factorial
         return [math.exp(math.lgamma(k + parameter) - math.lgamma(k)) for k in n]
     return [parameter ** (count - k) for k in n]
+
+
+def random_scaling(iterates):
+    """The mean of the iterates, and the diagonal of V_n as its definition has it."""
+    n = len(iterates)
+    steps = np.arange(1, n + 1).reshape(-1, *[1] * (np.ndim(iterates) - 1))
+    averages = np.cumsum(np.asarray(iterates, np.float64), axis=0) / steps
+    squares = steps.astype(np.float64) ** 2 * (averages - averages[-1]) ** 2
+    return averages[-1], squares.sum(axis=0) / n**2

@@ -12,6 +12,7 @@ from asgd_optax import (
     exponential_weighting,
     nt_asgd,
     polynomial_weighting,
+    track_random_scaling,
     uniform_weighting,
 )
 
@@ -20,13 +21,17 @@ class Row(NamedTuple):
     """One transformation under test.
 
     `hyperparameters` are its numeric ones, at values where it is smooth in each and
-    where averaging begins within a few steps; `options` are the others.
+    where averaging begins within a few steps; `options` are the others. `arrays` is
+    how many arrays of a parameter's shape its state has for each; `complex`, whether
+    parameters may be complex.
     """
 
     name: str
     factory: Callable[..., optax.GradientTransformationExtraArgs]
     hyperparameters: dict[str, float]
     options: dict[str, Any]
+    arrays: int = 1
+    complex: bool = True
 
     def make(self, **changed: Any) -> optax.GradientTransformationExtraArgs:
         return self.factory(**{**self.hyperparameters, **self.options, **changed})
@@ -81,16 +86,34 @@ def _nt_asgd(learning_rate, lambd, alpha, weight_decay, compensated=False):
     return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
+def _random_scaling(learning_rate, start=1):
+    return optax.chain(optax.sgd(learning_rate), track_random_scaling(start=start))
+
+
 _NT_ASGD = {name: v for name, v in _ASGD.items() if name != "t0"}
 
 ROWS = [
     Row("asgd", asgd, _ASGD, {}),
-    Row("asgd-compensated", asgd, _ASGD, {"compensated": True}),
+    Row("asgd-compensated", asgd, _ASGD, {"compensated": True}, arrays=2),
     Row("asgd-float32", asgd, _ASGD, {"accumulator_dtype": "float32"}),
     Row("nt_asgd", _nt_asgd, _NT_ASGD, {}),
     Row("uniform", _uniform, {"learning_rate": 0.3}, {}),
     Row("uniform-every", _uniform, {"learning_rate": 0.3}, {"every": 2}),
-    Row("uniform-compensated", _uniform, {"learning_rate": 0.3}, {"compensated": True}),
+    Row(
+        "uniform-compensated",
+        _uniform,
+        {"learning_rate": 0.3},
+        {"compensated": True},
+        arrays=2,
+    ),
     Row("polynomial", _polynomial, {"learning_rate": 0.3, "gamma": 1.5}, {}),
     Row("exponential", _exponential, {"learning_rate": 0.3, "decay": 0.4}, {}),
+    Row(
+        "random-scaling",
+        _random_scaling,
+        {"learning_rate": 0.3},
+        {},
+        arrays=5,
+        complex=False,
+    ),
 ]

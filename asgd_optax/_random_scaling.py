@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Error bars from one run: confidence intervals by random scaling."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from asgd_optax import _averaging, _checks
+from asgd_optax._averaging import CompensatedMean
+from asgd_optax._steps import split_start
+
+
+class RandomScalingState(NamedTuple):
+    """State of `track_random_scaling`.
+
+    The arrays have the parameters' shapes and dtypes, float32 for 16-bit floats.
+
+    Attributes:
+      step: number of finished updates. Shape (), int32; stays at 2**31 - 1.
+      averaged: number n of averaged iterates. Shape (), int32.
+      average: the mean of the iterates, a `CompensatedMean`.
+      center: the mean of the averages after 1, …, n iterates at weights 1, …, n^2,
+        a `CompensatedMean`.
+      spread: their variance about `center` at the same weights.
+    """
+
+    step: jax.Array
+    averaged: jax.Array
+    average: CompensatedMean
+    center: CompensatedMean
+    spread: Any
+
+
+class ConfidenceInterval(NamedTuple):
+    """What `confidence_interval` returns: two pytrees shaped as the parameters."""
+
+    lower: Any
+    upper: Any
+
+
+def track_random_scaling(
+    *, start: jax.typing.ArrayLike = 0
+) -> optax.GradientTransformationExtraArgs:
+    r"""Keeps what confidence intervals for the parameters are made of.
+
+    Put it last in a chain. It passes the updates through and keeps, of the averages
+    :math:`\bar p_s` of the first s iterates after `start`, the mean and what makes
+    the diagonal of the random scaling matrix (Lee, Liao, Seo & Shin 2022)
+
+    .. math::
+
+        V_n = n^{-2} \sum_{s=1}^n s^2 (\bar p_s - \bar p_n)^2
+
+    in one pass: a weighted Welford recursion, on weights divided by their sum and
+    with compensated means, which float32 carries through millions of updates. Read
+    the intervals with `asgd_optax.confidence_interval`. `averaged_params` finds the
+    mean where no other average is kept.
+
+    Args:
+      start: averages iterates after the first `start` updates: a whole number, or
+        `inf` for never; may be traced.
+
+    Returns:
+      A transformation whose `init(params)` makes a `RandomScalingState` and whose
+      `update(updates, state, params, **ignored)` returns the updates as they are
+      and the new state.
+
+    Raises:
+      TypeError: a `start` that is no number; from `init`, a leaf of the parameters
+        that is not real floating.
+      ValueError: a concrete `start` that is negative, NaN or not whole; missing
+        params; a structure or a shape that differs from the parameters'.
+
+    References:
+      Lee, Liao, Seo & Shin, `Fast and robust online inference with stochastic
+      gradient descent via random scaling <https://arxiv.org/abs/2106.03156>`_,
+      AAAI 2022.
+    """
+    _checks.check_count("start", start, at_least=0)
+
+    def init_fn(params: Any) -> RandomScalingState:
+        _checks.check_params(params)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+            if jnp.iscomplexobj(leaf):
+                raise TypeError(
+                    f"params{jax.tree_util.keystr(path)} is"
+                    f" {jnp.result_type(leaf)}: intervals are for real parameters"
+                )
+        average = _averaging.init_mean(params, None, compensated=True)
+        center = _averaging.init_mean(params, None, compensated=True)
+        zero = jnp.zeros([], jnp.int32)
+        # As the residual: zeros that are sharded as the parameters are.
+        spread = _averaging.init_mean(params, None, compensated=True).residual
+        return RandomScalingState(zero, zero + 0, average, center, spread)
+
+    def update_fn(
+        updates: Any, state: RandomScalingState, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, RandomScalingState]:
+        del extra_args
+        _checks.check_update(
+            updates, params, state.average.value, "state.average.value"
+        )
+        step = optax.safe_increment(jnp.asarray(state.step))
+        averaged = jnp.maximum(step - split_start(start)[0], 0)
+        updates = _averaging.round_updates(updates, updates)
+        iterates = optax.apply_updates(params, updates)
+        n = jnp.maximum(averaged, 1).astype(jnp.result_type(float))
+        average = _averaging.update_mean(state.average, iterates, 1 / n)
+        # n^2 over 1 + 4 + … + n^2. At n = 1 it is 1: all begins anew.
+        share = 6 / ((1 + 1 / n) * (2 * n + 1))
+
+        def new_square(mean: Any, center: Any, rest: Any) -> jax.Array:
+            distance = (mean - center) - rest
+            square = (1 - share).astype(mean.dtype) * distance**2
+            return jnp.where(share == 1, 0, square)
+
+        squares = jax.tree.map(
+            new_square, average.value, state.center.value, state.center.residual
+        )
+        center = _averaging.update_mean(state.center, average.value, share)
+        spread = _averaging.update_mean(state.spread, squares, share)
+        return updates, RandomScalingState(step, averaged, average, center, spread)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def confidence_interval(opt_state: Any, level: float = 0.95) -> ConfidenceInterval:
+    r"""Confidence intervals for the parameters, each by itself.
+
+    .. math:: \bar p_n \pm c \sqrt{V_n / n}, \quad P(|T| > c) = 1 - \mathrm{level}
+
+    where T, the limit of the averaged iterate over its random scale, is a standard
+    normal over the root of an independent Cramér-von Mises variable (Abadir &
+    Paruolo 1997): its tails are heavier than a normal's, c = 6.747 at 95 %.
+
+    Args:
+      opt_state: an optimizer's state, or any pytree, with one state of
+        `track_random_scaling`. May be traced.
+      level: the confidence level, a concrete number in (0, 1).
+
+    Returns:
+      The intervals' two ends, each a pytree shaped as the parameters in the dtypes
+      of the average: the parameters', float32 for 16-bit floats. NaN while fewer
+      than two iterates have been averaged. Masked leaves stay masked.
+
+    Raises:
+      TypeError: a level that is no number.
+      ValueError: a level outside of (0, 1), or traced; no state of
+        `track_random_scaling` in `opt_state`, or several.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from asgd_optax import confidence_interval, track_random_scaling
+      >>> rate = lambda t: 0.5 * (1.0 + t) ** -0.505
+      >>> tx = optax.chain(optax.sgd(rate), track_random_scaling(start=100))
+      >>> def step(carry, observation):
+      ...     mean, state = carry
+      ...     updates, state = tx.update(mean - observation, state, mean)
+      ...     return (optax.apply_updates(mean, updates), state), None
+      >>> stream = 3.0 + jax.random.normal(jax.random.key(0), (10_000,))
+      >>> start = jnp.zeros(())
+      >>> (mean, state), _ = jax.lax.scan(step, (start, tx.init(start)), stream)
+      >>> lower, upper = confidence_interval(state)
+      >>> bool(lower < 3.0 < upper), bool(upper - lower < 0.2)
+      (True, True)
+
+    References:
+      Lee, Liao, Seo & Shin, `Fast and robust online inference with stochastic
+      gradient descent via random scaling <https://arxiv.org/abs/2106.03156>`_,
+      AAAI 2022.
+
+      Abadir & Paruolo, `Two mixed normal densities from cointegration analysis
+      <https://doi.org/10.2307/2171824>`_, Econometrica 65(3), 1997.
+    """
+    _checks.check_scalar("level", level)
+    if _checks.is_traced(level):
+        raise ValueError("level must be a concrete number: it is not to be traced")
+    if not 0 < (number := float(_checks.concrete(level))) < 1:
+        raise ValueError(f"level must be between 0 and 1; got {level}")
+    state = _only_state(opt_state)
+    n = jnp.asarray(state.averaged).astype(jnp.result_type(float))
+    # V_n / n is `factor` times the mean square about the average.
+    factor = (1 + 1 / n) * (2 + 1 / n) / 6
+    critical = _critical_value(number)
+
+    def half_width(value: Any, rest: Any, center: Any, rest_: Any, spread: Any) -> Any:
+        distance = (center - value) + (rest_ - rest)
+        square = factor.astype(value.dtype) * (spread + distance**2)
+        return jnp.where(n < 2, jnp.nan, critical * jnp.sqrt(square))
+
+    average, center = state.average, state.center
+    half = jax.tree.map(
+        half_width,
+        average.value,
+        average.residual,
+        center.value,
+        center.residual,
+        state.spread,
+    )
+    return ConfidenceInterval(
+        jax.tree.map(jnp.subtract, average.value, half),
+        jax.tree.map(jnp.add, average.value, half),
+    )
+
+
+def _only_state(opt_state: Any) -> RandomScalingState:
+    """The one state of `track_random_scaling` in a pytree."""
+    found = [
+        (path, node)
+        for path, node in jax.tree_util.tree_leaves_with_path(
+            opt_state, is_leaf=lambda node: type(node) is RandomScalingState
+        )
+        if type(node) is RandomScalingState
+    ]
+    if not found:
+        raise ValueError(
+            "opt_state holds no state of track_random_scaling: is it part of the"
+            " optimizer, and is this the state its `init` or `update` returned?"
+        )
+    if len(found) > 1:
+        places = [f"opt_state{jax.tree_util.keystr(path)}" for path, _ in found]
+        raise ValueError(
+            f"{' and '.join(places)} are states of track_random_scaling: pass the"
+            f" sub-state wanted, as in confidence_interval({places[-1]})"
+        )
+    return found[0][1]
+
+
+@functools.lru_cache
+def _critical_value(level: float) -> float:
+    """The c with P(|T| > c) = 1 - level."""
+    low, high = 0.0, 128.0  # beyond it the tail is below what 1 - level can be
+    while low < (middle := (low + high) / 2) < high:
+        if _tail(middle) > 1 - level:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def _tail(c: float) -> float:
+    r"""P(|T| > c) for c > 0.
+
+    With W the Cramér-von Mises variable, :math:`E e^{-sW} = (u / \sinh u)^{1/2}` at
+    :math:`u = \sqrt{2s}`, and Craig's form of the normal tail,
+
+    .. math::
+
+        P(|T| > c) = \frac{2}{\pi} \int_0^{\pi/2} E e^{-c^2 W / (2 \cos^2\theta)}
+        \, d\theta
+        = \frac{2}{\pi} \int_0^\infty \Big(\frac{u}{\sinh u}\Big)^{1/2}
+        \frac{dy}{\cosh y}, \quad u = c \cosh y = c / \cos\theta.
+
+    The last integrand is even and analytic, so the trapezoidal rule converges faster
+    than any power of its step.
+    """
+    step = 0.02
+    cosh = np.cosh(step * np.arange(2001))
+    u = c * cosh
+    laplace = np.sqrt(2 * u * np.exp(-u) / -np.expm1(-2 * u))
+    values = laplace / cosh
+    return float(2 / np.pi * step * (np.sum(values) - values[0] / 2))
