@@ -324,6 +324,27 @@ def test_the_loss_reaches_it_through_optax(wrap):
     averaged_params(state, PARAMS)
 
 
+def test_multi_steps_takes_the_loss_of_the_last_minibatch_once():
+    tx = optax.MultiSteps(nt_asgd(0.1, nonmono=1), every_k_schedule=2)
+    losses = [v for loss in (3, 1, 2) for v in (loss, loss)]
+    _, state = run(tx, PARAMS, losses, [PARAMS] * 6)
+    assert not triggered(state)
+    assert state.inner_opt_state.recent == 2
+    assert state.inner_opt_state.lowest == 1
+
+
+@pytest.mark.flax
+def test_the_loss_reaches_it_through_an_nnx_optimizer():
+    from flax import nnx
+
+    model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, nt_asgd(0.1, nonmono=1), wrt=nnx.Param)
+    grads = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
+    for loss in (1.0, 2.0, 3.0):
+        optimizer.update(model, grads, validation_loss=loss)
+    assert bool(triggered(optimizer.opt_state)[...])
+
+
 def test_inject_hyperparams():
     """A number that is injected may not size the state where it would be traced."""
     plain = nt_asgd(0.3, nonmono=2)
