@@ -36,6 +36,16 @@ demo: $(VENV)/.examples  ## Train on the digits, print the table, draw out/digit
 test: $(VENV)/.test  ## Run the tests and doctests
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
+# An environment of its own: beside other tests the TPU's library disturbs them.
+$(VENV)-tpu/.test: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-tpu
+	$(VENV)-tpu/bin/pip install --quiet --disable-pip-version-check --editable . 'jax[tpu]' pytest hypothesis
+	@touch $@
+
+.PHONY: test-tpu
+test-tpu: $(VENV)-tpu/.test  ## Ask the TPU compiler, without a TPU
+	$(VENV)-tpu/bin/python -m pytest tests/tpu $(ARGS)
+
 .PHONY: lint
 lint: $(VENV)/.dev  ## Check style and format (ruff)
 	$(BIN)/ruff check .

@@ -51,8 +51,9 @@ def init_mean(params: Any, accumulator_dtype: Any, compensated: bool) -> Any:
     if not compensated:
         return value
     # Zeros that depend on the value take its sharding; under jit those of
-    # `zeros_like` depend on nothing and are replicated.
-    zero = jax.tree.map(lambda v: jnp.where(v == v, 0, 0).astype(v.dtype), value)
+    # `zeros_like` depend on nothing and are replicated. No constant is part of it:
+    # with explicit axes jax 0.12 gives a choice between two a type without sharding.
+    zero = jax.tree.map(lambda v: ((v == v) & (v != v)).astype(v.dtype), value)
     return CompensatedMean(value, zero)
 
 
@@ -83,9 +84,9 @@ def update_mean(mean: Any, iterates: Any, weight: jax.Array) -> Any:
       The new mean, in the structure of `iterates` and the dtypes of `mean`.
     """
     if not isinstance(mean, CompensatedMean):
-        return jax.tree.map(partial(_plain, weight), iterates, mean)
+        return jax.tree.map(_in_turn(partial(_plain, weight)), iterates, mean)
     pairs = jax.tree.map(
-        partial(_compensated, weight), iterates, mean.value, mean.residual
+        _in_turn(partial(_compensated, weight)), iterates, mean.value, mean.residual
     )
     return CompensatedMean(
         jax.tree.map(lambda _, pair: pair[0], iterates, pairs),
@@ -114,6 +115,34 @@ def on_real_parts(f: Callable[..., Any], *arrays: jax.Array) -> Any:
     real = f(*(jnp.real(a) for a in arrays))
     imag = f(*(jnp.imag(a) for a in arrays))
     return jax.tree.map(jax.lax.complex, real, imag)
+
+
+def _in_turn(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel`, of an iterate and its mean, where the mean may lie in host memory.
+
+    Such a mean is brought to the device and put back. A leaf is not fetched before
+    the one ahead of it has been updated: a compiler left to itself may fetch all.
+    """
+    ahead: Any = ()
+
+    def leaf(iterate: jax.Array, *mean: Any) -> Any:
+        nonlocal ahead
+        if not all(map(_on_host, mean)):
+            return kernel(iterate, *mean)
+        mean, _ = jax.lax.optimization_barrier((mean, ahead))
+        mean = jax.device_put(mean, jax.memory.Space.Device)
+        ahead = jax.device_put(kernel(iterate, *mean), jax.memory.Space.Host)
+        return ahead
+
+    return leaf
+
+
+def _on_host(x: Any) -> bool:
+    """Whether `x` is kept in host memory, beside a device that has its own."""
+    # Older jax tells no memory spaces apart.
+    return hasattr(jax, "memory") and jax.typeof(x).memory_space == (
+        jax.memory.Space.Host
+    )
 
 
 def _plain(weight: jax.Array, iterate: jax.Array, value: Any) -> jax.Array:

@@ -113,15 +113,29 @@ def track_random_scaling(
         # n^2 over 1 + 4 + … + n^2. At n = 1 it is 1: all begins anew.
         share = 6 / ((1 + 1 / n) * (2 * n + 1))
 
-        def new_square(mean: Any, center: Any, rest: Any) -> jax.Array:
-            distance = (mean - center) - rest
-            square = (1 - share).astype(mean.dtype) * distance**2
+        # XLA makes one kernel of results that follow from one another, but of those
+        # that branch off a common one two, and a temporary. So the means are taken
+        # by way of their residuals (NaN only where they are), and the squares by way
+        # of the new centers, as Welford does.
+        means = jax.tree.map(
+            lambda v, r: jnp.where(r == r, v, jnp.nan), average.value, average.residual
+        )
+        center = _averaging.update_mean(state.center, means, share)
+
+        def new_square(
+            mean: Any, old: Any, rest: Any, new: Any, new_rest: Any
+        ) -> jax.Array:
+            square = ((mean - old) - rest) * ((mean - new) - new_rest)
             return jnp.where(share == 1, 0, square)
 
         squares = jax.tree.map(
-            new_square, average.value, state.center.value, state.center.residual
+            new_square,
+            means,
+            state.center.value,
+            state.center.residual,
+            center.value,
+            center.residual,
         )
-        center = _averaging.update_mean(state.center, average.value, share)
         spread = _averaging.update_mean(state.spread, squares, share)
         return updates, RandomScalingState(step, averaged, average, center, spread)
 

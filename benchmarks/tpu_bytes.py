@@ -1,79 +1,91 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Bytes that a compiled step moves on a TPU, by the TPU compiler's own count.
+"""Bytes that a compiled step moves on a TPU, and what an average on the host stages.
 
-    JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 TPU_WORKER_HOSTNAMES=localhost \
-    TPU_ACCELERATOR_TYPE=v5litepod-4 python benchmarks/tpu_bytes.py
+    python -m benchmarks.tpu_bytes
 
 Needs `pip install "jax[tpu]"`, in an environment of its own, and no TPU: the step is
-compiled ahead of time for each topology, with one leaf of 2**27 parameters a chip, and
-is not run. A smaller leaf may be prefetched, and its bytes counted twice.
+compiled ahead of time for each topology and is not run. The first table has one leaf
+of half a gigabyte a chip; the second 32 leaves of 64 MiB, their average in host memory.
 """
 
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from asgd_optax import asgd, average_iterates
+from asgd_optax import asgd, average_iterates, nt_asgd, track_random_scaling
+from examples import tpu_compiler
 
 TOPOLOGIES = ("v4:2x2x1", "v5e:2x4", "v5p:2x2x1", "v6e:2x2")
+DTYPES = ("float32", "bfloat16")
 SIZE = 2**27  # parameters a chip
 
 SGD = optax.sgd(0.1)
+EVERY = optax.chain(SGD, average_iterates(every=10))
 TRANSFORMATIONS = {
     "sgd": SGD,
     "asgd": asgd(),
     "asgd, compensated": asgd(compensated=True),
+    "nt_asgd": nt_asgd(0.1),
     "sgd, average_iterates": optax.chain(SGD, average_iterates()),
     "sgd, average_iterates, compensated": optax.chain(
         SGD, average_iterates(compensated=True)
     ),
-    # The count holds the branch that averages and the one that does not.
-    "sgd, average_iterates, every=10": optax.chain(SGD, average_iterates(every=10)),
+    "sgd, average_iterates, every=10": EVERY,
+    "sgd, track_random_scaling": optax.chain(SGD, track_random_scaling()),
 }
+ON_HOST = {
+    "asgd": asgd(),
+    "asgd, compensated": asgd(compensated=True),
+    "sgd, average_iterates, every=10": EVERY,
+}
+LEAVES = 32
 
 
-def compile_step(tx: Any, mesh: Mesh, dtype: Any) -> Any:
-    """The donated update of one leaf, sharded over the whole mesh."""
-    sharded = NamedSharding(mesh, PartitionSpec("chips"))
-    replicated = NamedSharding(mesh, PartitionSpec())
-    shape = (SIZE * mesh.size,)
-    params = jax.ShapeDtypeStruct(shape, dtype, sharding=sharded)
-    state = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=sharded if x.shape == shape else replicated
-        ),
-        jax.eval_shape(tx.init, params),
-    )
-
-    def step(params: Any, state: Any, grads: Any) -> Any:
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
+def leaf(topology: str, dtype: str, size: int) -> Any:
+    """A parameter sharded over all chips of a topology, `size` numbers on each."""
+    chips = np.array(tpu_compiler.devices_of(topology))
+    sharding = NamedSharding(Mesh(chips, ("chips",)), PartitionSpec("chips"))
+    return jax.ShapeDtypeStruct((size * chips.size,), dtype, sharding=sharding)
 
 
 def main() -> None:
-    print("| topology | params | transformation | bytes | temporary | fusions |")
+    """Prints both tables."""
+    print(
+        "| topology | params | transformation | bytes | between | temporary | kernels |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for topology in TOPOLOGIES:
+        for dtype in DTYPES:
+            params = leaf(topology, dtype, SIZE)
+            for name, tx in TRANSFORMATIONS.items():
+                state = tpu_compiler.state_like(tx, params)
+                step = tpu_compiler.compile_step(tx, params, state)
+                print(
+                    f"| {topology} | {dtype} | {name} | {step.moved / SIZE:.2f} |"
+                    f" {step.moved_between / SIZE:.2f} | {step.temporary / SIZE:.2f} |"
+                    f" {step.kernels} |",
+                    flush=True,
+                )
+    size = SIZE // 8
+    print(
+        "\n| topology | average on the host | its MiB | staged on the device | fetched"
+        " and put away | between |"
+    )
     print("| --- | --- | --- | --- | --- | --- |")
     for topology in TOPOLOGIES:
-        chips = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-        mesh = Mesh(np.array(chips.devices), ("chips",))
-        for dtype in (jnp.float32, jnp.bfloat16):
-            for name, tx in TRANSFORMATIONS.items():
-                compiled = compile_step(tx, mesh, dtype)
-                text = compiled.as_text()
-                fusions = text[text.index("ENTRY") :].count(" fusion(")
-                moved = compiled.cost_analysis()["bytes accessed"] / SIZE
-                temporary = compiled.memory_analysis().temp_size_in_bytes / SIZE
-                print(
-                    f"| {topology} | {dtype.__name__} | {name} | {moved:.2f} |"
-                    f" {temporary:.2f} | {fusions} |"
-                )
+        params = [leaf(topology, "float32", size)] * LEAVES
+        for name, tx in ON_HOST.items():
+            state = tpu_compiler.state_like(tx, params, host=True)
+            step = tpu_compiler.compile_step(tx, params, state)
+            print(
+                f"| {topology} | {name} | {step.host_arguments / 2**20:.0f} |"
+                f" {step.temporary / 2**20:.0f} | {step.host_moved / 2**20:.0f} |"
+                f" {step.host_moved_between / 2**20:.0f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-from matplotlib.backend_bases import FigureCanvasBase
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,6 +43,9 @@ def check_output(parser: Parser, output: Path) -> None:
 
     To be called last, so that no folder is made where another option is bad.
     """
+    # Here, since not every example draws.
+    from matplotlib.backend_bases import FigureCanvasBase
+
     if output.suffix[1:].lower() not in FigureCanvasBase.get_supported_filetypes():
         parser.error(
             "argument --output: matplotlib draws no"

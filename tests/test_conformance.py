@@ -372,31 +372,6 @@ def test_unknown_extra_arguments_are_ignored(row):
     assert bits(train_step(tx, params, state, g, value=1.0, other="x")) == bits(plain)
 
 
-@each_row
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_array_of_the_state_takes_its_params_sharding(row, dtype, compiled):
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
-    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
-    specs = [("data", "model"), ("model",), (None, "data"), ()]
-    params = {
-        str(spec): jax.device_put(
-            jnp.ones((8, 8), dtype), NamedSharding(mesh, PartitionSpec(*spec))
-        )
-        for spec in specs
-    }
-    tx = row.make()
-    state = (jax.jit(tx.init) if compiled else tx.init)(params)
-    step = jax.jit(train_step, static_argnums=0)
-    for _ in range(2):
-        for path, x in jax.tree_util.tree_leaves_with_path(state):
-            if x.shape == (8, 8):
-                expected = params[path[-1].key].sharding
-                assert x.sharding.is_equivalent_to(expected, 2), path
-        params, state = step(tx, params, state, params)
-
-
 @pytest.mark.flax
 @each_row
 def test_nnx_optimizer(row):

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the TPU compiler makes of a step, ahead of time: `make test-tpu`."""
+
+import functools
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from asgd_optax import asgd, average_iterates
+from examples import pod_plan, tpu_compiler
+from tests.transformations import ROWS
+
+# Half a gigabyte of float32: a smaller leaf may be prefetched into vector memory,
+# and its bytes then count several times.
+SIZE = 2**27
+
+# The least bytes a parameter, by how many arrays of its shape the state has: the
+# gradient is read, the parameter and those arrays, all float32, are read and written.
+LEAST = {
+    "float32": {1: 20, 2: 28, 5: 52},
+    "bfloat16": {1: 14, 2: 22, 5: 46},
+}
+
+over_generations = pytest.mark.parametrize(
+    "topology", ["v4:2x2x1", "v5e:2x4", "v5p:2x2x1", "v6e:2x2"]
+)
+
+
+@functools.cache
+def mesh_of(topology):
+    return Mesh(np.array(tpu_compiler.devices_of(topology)), ("chips",))
+
+
+def leaf(topology, dtype, size=SIZE):
+    """A parameter sharded over the whole mesh, `size` numbers a chip."""
+    mesh = mesh_of(topology)
+    sharding = NamedSharding(mesh, PartitionSpec("chips"))
+    return jax.ShapeDtypeStruct((size * mesh.size,), dtype, sharding=sharding)
+
+
+@over_generations
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_a_step_is_one_kernel_that_moves_the_least(row, dtype, topology):
+    tx, params = row.make(), leaf(topology, dtype)
+    state = tpu_compiler.state_like(tx, params)
+    step = tpu_compiler.compile_step(tx, params, state)
+
+    shapes = [x.shape for x in jax.tree.leaves(state)]
+    assert shapes.count(params.shape) == row.arrays
+    least = LEAST[dtype][row.arrays]
+    # With `every` a second kernel, a branch's, reads the iterate that the first wrote.
+    branches = "every" in row.options
+    assert step.kernels == 1 + branches
+    assert step.moved <= (least + branches * params.dtype.itemsize + 0.1) * SIZE
+    if branches:
+        assert step.moved_between <= (3 * params.dtype.itemsize + 0.1) * SIZE
+    assert step.accessed == pytest.approx(step.moved, rel=1e-3)
+    assert step.temporary == 0
+    assert step.collectives == []
+
+
+def test_the_count_of_collectives_finds_one():
+    """A norm over the whole mesh is summed across it."""
+    tx, params = optax.clip_by_global_norm(1.0), leaf("v6e:2x2", "float32", 2**20)
+    state = tpu_compiler.state_like(tx, params)
+    assert tpu_compiler.compile_step(tx, params, state).collectives == ["all-reduce"]
+
+
+@pytest.mark.parametrize("topology", ["v5e:2x4", "v6e:2x2"])
+@pytest.mark.parametrize("every", [1, 10])
+@pytest.mark.parametrize("compensated", [False, True])
+def test_an_average_in_host_memory_is_staged_leaf_by_leaf(compensated, every, topology):
+    """Left to itself the compiler stages ten leaves, on v5e all 24."""
+    leaves, size = 24, 2**22
+    sgd = optax.sgd(0.1)
+    tx = optax.chain(sgd, average_iterates(every=every, compensated=compensated))
+    params = [leaf(topology, "float32", size)] * leaves
+    state = tpu_compiler.state_like(tx, params, host=True)
+    step = tpu_compiler.compile_step(tx, params, state)
+
+    arrays = 2 if compensated else 1
+    assert step.host_arguments == 4 * size * arrays * leaves
+    # Fetched and put away once each; left where it is on the steps between.
+    assert step.host_moved == 2 * step.host_arguments
+    assert step.host_moved_between == (step.host_moved if every == 1 else 0)
+    assert step.temporary <= 4 * 4 * size * arrays
+    assert step.collectives == []
+
+
+def test_asgd_averages_in_host_memory_too():
+    params = [leaf("v6e:2x2", "bfloat16", 2**22)] * 24
+    state = tpu_compiler.state_like(asgd(), params, host=True)
+    step = tpu_compiler.compile_step(asgd(), params, state)
+    assert step.host_moved == 2 * step.host_arguments == 2 * 4 * 2**22 * 24
+    assert step.temporary <= 4 * 4 * 2**22
+
+
+def test_the_pod_plan(capsys):
+    figures = pod_plan.main([])
+    assert figures.total == pytest.approx(70.55e9, rel=1e-3)
+    # 256 chips share the matrices; the norms are copied.
+    assert figures.parameters == pytest.approx(figures.total / 256, rel=0.01)
+    assert figures.params == figures.gradients == 2 * figures.parameters
+    assert figures.average == 4 * figures.parameters
+    step = figures.step
+    assert 14.0 <= step.moved / figures.parameters <= 14.1
+    # The plan's last line: what is prefetched counts for more.
+    assert step.accessed > 1.1 * step.moved
+    assert step.temporary == 0
+    assert step.collectives == []
+    assert figures.step_time == step.moved / 1600e9
+    printed = capsys.readouterr().out
+    assert "70.55 B parameters" in printed
+    assert "256 chips, as 16x16" in printed
+    assert "14.00 B" in printed
+    assert "none" in printed
+
+
+@pytest.mark.parametrize("topology", ["v4:4x4x4", "v5e:4x4", "v5p:4x4x4"])
+def test_the_pod_plan_of_layers_apart(topology):
+    figures = pod_plan.main(["--topology", topology, "--layers", "2", "--apart"])
+    assert 14.0 <= figures.step.moved / figures.parameters <= 14.1
+    assert figures.step.temporary == 0
+    assert figures.step.collectives == []
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--topology", "v6e:3x5"], "--topology"),
+        (["--topology", "v6e:square"], "--topology"),
+        (["--topology", "v5e:2x2"], "--topology"),  # too small a memory
+        (["--mesh", "3x4"], "--mesh"),
+        (["--mesh", "-16x-16"], "--mesh"),
+        (["--mesh", "16"], "--mesh"),
+        (["--hidden", "8200"], "'embedding'"),
+    ],
+)
+def test_a_bad_plan_is_refused_in_one_line(options, named, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        pod_plan.main(options)
+    assert exit_.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert named in printed.err
