@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from examples import data_parallel
+from tests.programs import assert_explained, error_of
 
 
 def test_all_ways_end_in_the_same_weights(capsys):
@@ -51,14 +52,10 @@ def test_a_process_that_dies_ends_the_run(capsys):
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    with pytest.raises(SystemExit) as exit_:
-        data_parallel.main(["--how", "processes", "--devices", "2"])
-    assert exit_.value.code == 1
+    options = ["--how", "processes", "--devices", "2"]
+    line = error_of(data_parallel.main, options, capsys, code=1)
+    assert "of 2 ended with exit code -9" in line
     assert not multiprocessing.active_children()
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert printed.err.count("\n") == 1
-    assert "of 2 ended with exit code -9" in printed.err
 
 
 @pytest.mark.parametrize(
@@ -84,20 +81,9 @@ def test_a_process_that_dies_ends_the_run(capsys):
     ],
 )
 def test_a_bad_option_is_refused_in_one_line(options, named, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        data_parallel.main(options)
-    assert exit_.value.code == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert printed.err.count("\n") == 1
-    assert named in printed.err
+    assert named in error_of(data_parallel.main, options, capsys)
 
 
 def test_help_explains_every_option_with_its_default(capsys):
-    with pytest.raises(SystemExit) as exit_:
-        data_parallel.main(["--help"])
-    assert exit_.value.code == 0
-    explained = capsys.readouterr().out
-    for option in ("--how", "--devices", "--batch-size", "--rate", "--steps"):
-        description = explained.split(f"\n  {option} ")[1].split("\n  --")[0]
-        assert "default: " in " ".join(description.split())
+    options = ("--how", "--devices", "--batch-size", "--rate", "--steps")
+    assert_explained(data_parallel.main, options, capsys)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from examples import language_model as example
+from tests.programs import assert_explained, contents, error_of
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 SIZES = {"train": 300, "valid": 100, "test": 100}  # lines
@@ -82,29 +83,8 @@ def no_training(monkeypatch):
     monkeypatch.setattr(example, "train_epoch", train_epoch)
 
 
-def contents(folder):
-    """All that is in a folder, by its path: a file's bytes, None for a folder."""
-    return {
-        path.relative_to(folder): path.read_bytes() if path.is_file() else None
-        for path in folder.rglob("*")
-    }
-
-
 def assert_same(results, others):
     np.testing.assert_equal(results._asdict(), others._asdict())
-
-
-def error_of(capsys, argv):
-    """The one line on stderr with which the example refuses its options."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        example.main(argv)
-    printed = capsys.readouterr()
-    assert ended.value.code == 2
-    assert printed.out == ""
-    assert printed.err.endswith("\n")
-    (line,) = printed.err.splitlines()
-    return line
 
 
 def test_what_is_compared(corpora, tmp_path, capsys):
@@ -258,7 +238,7 @@ def assert_refused(corpora, saved, tmp_path, capsys, reason, **changed):
     """A line names folder and reason, and nothing in there has been touched."""
     before = contents(saved)
     argv = arguments(corpora, tmp_path, checkpoint_dir=saved, **changed)
-    line = error_of(capsys, argv)
+    line = error_of(example.main, argv, capsys)
     assert "--checkpoint-dir" in line
     assert str(saved) in line
     assert reason in line
@@ -322,7 +302,9 @@ def test_a_folder_of_other_things_is_refused(name, corpora, tmp_path, capsys):
 def test_a_file_is_no_checkpoint_folder(corpora, tmp_path, capsys):
     (tmp_path / "file").write_text("kept")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        line = error_of(capsys, arguments(corpora, tmp_path, checkpoint_dir=path))
+        line = error_of(
+            example.main, arguments(corpora, tmp_path, checkpoint_dir=path), capsys
+        )
         assert "--checkpoint-dir" in line
         assert str(path) in line
     assert (tmp_path / "file").read_text() == "kept"
@@ -407,7 +389,7 @@ class TestBadData:
     """One line that names the option, and nothing is written."""
 
     def refused(self, data, tmp_path, capsys):
-        line = error_of(capsys, arguments(data, tmp_path / "new"))
+        line = error_of(example.main, arguments(data, tmp_path / "new"), capsys)
         assert line.count("--data") == 1
         assert not (tmp_path / "new").exists()
         return line
@@ -460,7 +442,7 @@ class TestBadData:
 def test_a_bad_option_is_named(option, value, corpora, saved, tmp_path, capsys):
     before = contents(saved)
     argv = arguments(corpora, tmp_path / "new", checkpoint_dir=saved)
-    assert option in error_of(capsys, [*argv, option, value])
+    assert option in error_of(example.main, [*argv, option, value], capsys)
     assert contents(saved) == before
     assert not (tmp_path / "new").exists()
 
@@ -476,10 +458,5 @@ def test_a_training_that_diverges_is_shown_as_such(tmp_path):
 
 
 def test_help_explains_every_option(capsys):
-    with pytest.raises(SystemExit) as ended:
-        example.main(["--help"])
-    assert ended.value.code == 0
-    text = capsys.readouterr().out
-    for option in [*OPTIONS, "--data", "--checkpoint-dir", "--output"]:
-        description = text.split(f"\n  {option} ")[1].split("\n  --")[0]
-        assert "default: " in " ".join(description.split())
+    options = [*OPTIONS, "--data", "--checkpoint-dir", "--output"]
+    assert_explained(example.main, options, capsys)

@@ -15,6 +15,7 @@ from flax.training.train_state import TrainState
 
 from asgd_optax import asgd
 from examples import linen_train_state as example
+from tests.programs import assert_explained, contents, error_of
 
 SHORT = ["--steps", "40", "--t0", "10"]
 
@@ -23,31 +24,10 @@ def in_folder(folder, *options):
     return [*SHORT, "--checkpoint-dir", str(folder), *options]
 
 
-def contents(folder):
-    """All that is in a folder, by its path: a file's bytes, None for a folder."""
-    return {
-        path.relative_to(folder): path.read_bytes() if path.is_file() else None
-        for path in folder.rglob("*")
-    }
-
-
-def error_of(capsys, argv):
-    """The one line on stderr with which the example refuses its options."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        example.main(argv)
-    printed = capsys.readouterr()
-    assert ended.value.code == 2
-    assert printed.out == ""
-    assert printed.err.endswith("\n")
-    (line,) = printed.err.splitlines()
-    return line
-
-
 def assert_refused(capsys, folder, argv):
     """A line names the folder, and nothing in there has been touched."""
     before = contents(folder)
-    line = error_of(capsys, argv)
+    line = error_of(example.main, argv, capsys)
     assert "--checkpoint-dir" in line
     assert str(folder) in line
     assert contents(folder) == before
@@ -159,7 +139,7 @@ def test_the_average_is_evaluated_once_there_is_one(finished):
 @pytest.mark.usefixtures("no_training")
 def test_a_bad_option_is_named(option, value, capsys, tmp_path):
     folder = tmp_path / "new"
-    line = error_of(capsys, in_folder(folder, f"{option}={value}"))
+    line = error_of(example.main, in_folder(folder, f"{option}={value}"), capsys)
     assert option in line
     assert not folder.exists()
 
@@ -168,7 +148,7 @@ def test_a_bad_option_is_named(option, value, capsys, tmp_path):
 @pytest.mark.usefixtures("no_training")
 def test_a_file_is_no_checkpoint_folder(below, capsys, tmp_path):
     (tmp_path / "file").write_text("kept")
-    line = error_of(capsys, in_folder(tmp_path / below))
+    line = error_of(example.main, in_folder(tmp_path / below), capsys)
     assert "--checkpoint-dir" in line
     assert str(tmp_path / below) in line
     assert (tmp_path / "file").read_text() == "kept"
@@ -177,19 +157,15 @@ def test_a_file_is_no_checkpoint_folder(below, capsys, tmp_path):
 @pytest.mark.usefixtures("no_training")
 def test_fewer_steps_than_the_checkpoint_has(capsys, saved):
     before = contents(saved)
-    line = error_of(capsys, in_folder(saved, "--steps", "30"))
+    line = error_of(example.main, in_folder(saved, "--steps", "30"), capsys)
     assert "--steps" in line
     assert str(saved) in line
     assert contents(saved) == before
 
 
 def test_help_explains_every_option(capsys):
-    with pytest.raises(SystemExit) as ended:
-        example.main(["--help"])
-    assert ended.value.code == 0
-    text = capsys.readouterr().out
-    for option in ("--steps", "--rate", "--t0", "--seed", "--checkpoint-dir"):
-        assert "(default: " in text.split(f"  {option} ")[1].split("\n  --")[0]
+    options = ("--steps", "--rate", "--t0", "--seed", "--checkpoint-dir")
+    assert_explained(example.main, options, capsys)
 
 
 def truncate(file):

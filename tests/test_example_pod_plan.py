@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from examples import pod_plan, tpu_compiler
+from tests.programs import error_of
 
 # A scheduled program, cut down to what is counted: device memory is the space of no
 # number, S(1) vector memory, S(5) the host's.
@@ -108,10 +109,4 @@ def test_a_mesh_that_does_not_divide_is_refused(options, message):
 )
 def test_a_plan_that_cannot_be_made_is_refused(options, named, capsys, monkeypatch):
     monkeypatch.setattr(tpu_compiler, "installed", lambda: False)
-    with pytest.raises(SystemExit) as exit_:
-        pod_plan.main(options)
-    assert exit_.value.code == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert printed.err.count("\n") == 1
-    assert named in printed.err
+    assert named in error_of(pod_plan.main, options, capsys)

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from asgd_optax import asgd, average_iterates
 from examples import pod_plan, tpu_compiler
+from tests.programs import error_of
 from tests.transformations import ROWS
 
 # Half a gigabyte of float32: a smaller leaf may be prefetched into vector memory,
@@ -141,10 +142,4 @@ def test_the_pod_plan_of_layers_apart(topology):
     ],
 )
 def test_a_bad_plan_is_refused_in_one_line(options, named, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        pod_plan.main(options)
-    assert exit_.value.code == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert printed.err.count("\n") == 1
-    assert named in printed.err
+    assert named in error_of(pod_plan.main, options, capsys)
