@@ -46,13 +46,17 @@ _ASGD = {
 }
 
 
-def _uniform(learning_rate, start=1, every=1, compensated=False):
-    return optax.chain(
-        optax.sgd(learning_rate),
-        average_iterates(
-            uniform_weighting(), start=start, every=every, compensated=compensated
-        ),
+def _uniform(
+    learning_rate, start=1, every=1, compensated=False, accumulator_dtype=None
+):
+    average = average_iterates(
+        uniform_weighting(),
+        start=start,
+        every=every,
+        compensated=compensated,
+        accumulator_dtype=accumulator_dtype,
     )
+    return optax.chain(optax.sgd(learning_rate), average)
 
 
 def _polynomial(learning_rate, gamma, start=1):
@@ -95,7 +99,6 @@ _NT_ASGD = {name: v for name, v in _ASGD.items() if name != "t0"}
 ROWS = [
     Row("asgd", asgd, _ASGD, {}),
     Row("asgd-compensated", asgd, _ASGD, {"compensated": True}, arrays=2),
-    Row("asgd-float32", asgd, _ASGD, {"accumulator_dtype": "float32"}),
     Row("nt_asgd", _nt_asgd, _NT_ASGD, {}),
     Row("uniform", _uniform, {"learning_rate": 0.3}, {}),
     Row("uniform-every", _uniform, {"learning_rate": 0.3}, {"every": 2}),
@@ -103,7 +106,7 @@ ROWS = [
         "uniform-compensated",
         _uniform,
         {"learning_rate": 0.3},
-        {"compensated": True},
+        {"compensated": True, "accumulator_dtype": "float32"},
         arrays=2,
     ),
     Row("polynomial", _polynomial, {"learning_rate": 0.3, "gamma": 1.5}, {}),
