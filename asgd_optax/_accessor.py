@@ -134,6 +134,8 @@ def _merge(at: tuple[Any, ...], means: list[_Mean], params: Any) -> Any:
         if level is None and list(children) == [_BOXED]:
             level = {_BOXED: mean.tree}
         if level is None or level.keys() != children.keys():
+            if mean.stands_back and not all(m.stands_back for m in means):
+                continue
             raise ValueError(_misfit(name, mean.tree, level, children))
         levels.append((mean, level))
     merged = [

@@ -72,7 +72,8 @@ def nt_asgd(
         counts all updates. Per gradient unit.
       nonmono: how many of the latest losses the new one is not compared with, a
         whole number of at least 1. It sets the size of the state and so is no
-        traced value; where one state is handed on it is the state's that counts.
+        traced value (under a jitted `init` of `optax.inject_hyperparams` name it in
+        `static_args`); where a state is handed on it is the state's that counts.
       lambd: :math:`\lambda`, decay of the parameters and of the step size once
         triggered.
       alpha: :math:`\alpha`, power of the step size's decay.
@@ -90,8 +91,11 @@ def nt_asgd(
       `validation_loss` is a real scalar, compared in JAX's default float dtype;
       `None` and NaN mean that none was measured. (An array that is NaN at most
       steps keeps one compilation for all.) Where devices train together it must be
-      the same on each. `optax.tree_utils.tree_get(state, "triggered")` tells
-      whether averaging has started.
+      the same on each. It counts only if the update does: inside `optax.MultiSteps`
+      give it with every minibatch of an update, which takes it once; an update that
+      `optax.apply_if_finite` drops takes it along.
+      `optax.tree_utils.tree_get(state, "triggered")` tells whether averaging has
+      started.
 
     Raises:
       TypeError: as `asgd`; a `validation_loss` that is no real number.

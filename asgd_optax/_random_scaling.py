@@ -166,7 +166,8 @@ def confidence_interval(opt_state: Any, level: float = 0.95) -> ConfidenceInterv
 
     Args:
       opt_state: an optimizer's state, or any pytree, with one state of
-        `track_random_scaling`. May be traced.
+        `track_random_scaling`. May be traced. A state of several runs, as `jax.vmap`
+        stacks them, gives their intervals, stacked alike.
       level: the confidence level, a concrete number in (0, 1).
 
     Returns:
@@ -209,14 +210,17 @@ def confidence_interval(opt_state: Any, level: float = 0.95) -> ConfidenceInterv
     if not 0 < (number := float(_checks.concrete(level))) < 1:
         raise ValueError(f"level must be between 0 and 1; got {level}")
     state = _only_state(opt_state)
-    n = jnp.asarray(state.averaged).astype(jnp.result_type(float))
-    # V_n / n is `factor` times the mean square about the average.
-    factor = (1 + 1 / n) * (2 + 1 / n) / 6
+    averaged = jnp.asarray(state.averaged)
     critical = _critical_value(number)
 
     def half_width(value: Any, rest: Any, center: Any, rest_: Any, spread: Any) -> Any:
+        # Runs that `jax.vmap` made are stacked in front of the parameter's axes.
+        n = averaged.astype(value.dtype)
+        n = jnp.expand_dims(n, tuple(range(n.ndim, jnp.ndim(value))))
+        # V_n / n is `factor` times the mean square about the average.
+        factor = (1 + 1 / n) * (2 + 1 / n) / 6
         distance = (center - value) + (rest_ - rest)
-        square = factor.astype(value.dtype) * (spread + distance**2)
+        square = factor * (spread + distance**2)
         return jnp.where(n < 2, jnp.nan, critical * jnp.sqrt(square))
 
     average, center = state.average, state.center
@@ -288,6 +292,7 @@ def _tail(c: float) -> float:
     step = 0.02
     cosh = np.cosh(step * np.arange(2001))
     u = c * cosh
-    laplace = np.sqrt(2 * u * np.exp(-u) / -np.expm1(-2 * u))
+    with np.errstate(under="ignore"):
+        laplace = np.sqrt(2 * u * np.exp(-u) / -np.expm1(-2 * u))
     values = laplace / cosh
     return float(2 / np.pi * step * (np.sum(values) - values[0] / 2))

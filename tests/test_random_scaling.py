@@ -214,6 +214,9 @@ def test_averaged_params_takes_it_where_there_is_no_other():
     assert bits(averaged_params(state, p)) == bits(state[1].average.value)
     p, state = states["beside"]
     assert bits(averaged_params(state, p)) == bits(state[0].ax)
+    # In another form than the parameters it does not spoil what is complete.
+    flat = optax.flatten(track_random_scaling()).init(params)
+    assert bits(averaged_params((state, flat), p)) == bits(state[0].ax)
     p, state = states["partly"]
     found = averaged_params(state, p)
     assert bits(found["a"]) == bits(p["a"])  # it follows until its start
@@ -237,6 +240,27 @@ def test_masked_leaves_stay_masked_and_groups_are_asked_for():
         confidence_interval(state)
     lower, _ = confidence_interval(state.inner_states["one"])
     assert isinstance(lower["b"], (list, optax.MaskedNode))
+
+
+def test_intervals_of_several_runs():
+    """As many as the parameter is long, and at different counts."""
+
+    def run(start, seed):
+        tx = track_random_scaling(start=start)
+        p = {"w": jnp.arange(2.0), "b": jnp.ones(())}
+        state = tx.init(p)
+        for n in range(6):
+            steps = jax.tree.map(lambda x, n=n: jnp.sin(x + seed + n), p)
+            _, state = tx.update(steps, state, p)
+        return state
+
+    states = jax.vmap(run)(jnp.array([0, 5]), jnp.arange(2.0))
+    found = confidence_interval(states)
+    assert_close(found, jax.vmap(confidence_interval)(states), 1e-6)
+    for i, start in enumerate([0, 5]):
+        one = jax.tree.map(lambda x, i=i: x[i], found)
+        assert_close(one, confidence_interval(run(start, float(i))), 1e-5)
+    assert bool(jnp.isnan(found.lower["w"][1]).all())
 
 
 def test_in_jit_and_inject_hyperparams():
