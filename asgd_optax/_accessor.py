@@ -13,6 +13,7 @@ from asgd_optax._averaging import mean_value
 from asgd_optax._iterates import AverageIteratesState
 from asgd_optax._nt_asgd import NTASGDState
 from asgd_optax._random_scaling import RandomScalingState
+from asgd_optax._search import find_states
 
 # The field of each averaging state that holds its mean.
 _MEAN_FIELDS = {
@@ -69,13 +70,7 @@ def averaged_params(opt_state: Any, params: Any = None) -> Any:
       >>> averaged_params(state, params)
       {'w': Array([0.375, 1.375], dtype=float32)}
     """
-    states = [
-        (path, node)
-        for path, node in jax.tree_util.tree_leaves_with_path(
-            opt_state, is_leaf=_is_averaging
-        )
-        if _is_averaging(node)
-    ]
+    states = find_states(opt_state, _MEAN_FIELDS)
     if not states:
         raise ValueError(
             "opt_state holds no averaging state: is asgd, nt_asgd, average_iterates or"
@@ -91,10 +86,6 @@ def averaged_params(opt_state: Any, params: Any = None) -> Any:
         for path, node in states
     ]
     return _merge((), means, _MISSING if params is None else params)
-
-
-def _is_averaging(node: Any) -> bool:
-    return type(node) in _MEAN_FIELDS
 
 
 class _Mean(NamedTuple):

@@ -50,11 +50,15 @@ def init_mean(params: Any, accumulator_dtype: Any, compensated: bool) -> Any:
     value = jax.tree.map(copy, params)
     if not compensated:
         return value
-    # Zeros that depend on the value take its sharding; under jit those of
+    return CompensatedMean(value, zeros_as(value))
+
+
+def zeros_as(tree: Any) -> Any:
+    """Zeros in the shapes, dtypes and shardings of a tree of arrays."""
+    # They depend on the arrays and so take their sharding; under jit those of
     # `zeros_like` depend on nothing and are replicated. No constant is part of it:
     # with explicit axes jax 0.12 gives a choice between two a type without sharding.
-    zero = jax.tree.map(lambda v: ((v == v) & (v != v)).astype(v.dtype), value)
-    return CompensatedMean(value, zero)
+    return jax.tree.map(lambda v: ((v == v) & (v != v)).astype(v.dtype), tree)
 
 
 def round_updates(updates: Any, dtypes_of: Any) -> Any:

@@ -43,9 +43,11 @@ def check_hyperparameter(name: str, value: Any, *, may_be_inf: bool = False) -> 
         raise ValueError(f"{name} must be finite in {largest.dtype}; got {value}")
 
 
-def check_count(name: str, value: Any, *, at_least: int) -> None:
+def check_count(
+    name: str, value: Any, *, at_least: int, may_be_inf: bool = True
+) -> None:
     """Raises unless `value` is a whole number (or `inf`) of at least `at_least`."""
-    check_hyperparameter(name, value, may_be_inf=True)
+    check_hyperparameter(name, value, may_be_inf=may_be_inf)
     if is_traced(value):
         return
     number = concrete(value)

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from asgd_optax import _averaging, _checks
@@ -125,9 +124,7 @@ def nt_asgd(
       <https://github.com/salesforce/awd-lstm-lm/blob/master/main.py>`_.
     """
     check_step_rule(learning_rate, lambd, alpha, weight_decay)
-    _checks.check_count("nonmono", nonmono, at_least=1)
-    if not _checks.is_traced(nonmono) and _checks.concrete(nonmono) == np.inf:
-        raise ValueError("nonmono must be finite; got inf")
+    _checks.check_count("nonmono", nonmono, at_least=1, may_be_inf=False)
     _averaging.check_accumulator_dtype(accumulator_dtype)
 
     def init_fn(params: Any) -> NTASGDState:

@@ -11,6 +11,7 @@ import optax
 
 from asgd_optax import _averaging, _checks
 from asgd_optax._averaging import CompensatedMean
+from asgd_optax._search import find_states
 from asgd_optax._steps import split_start
 
 
@@ -105,10 +106,9 @@ def track_random_scaling(
                 )
         average = _averaging.init_mean(params, None, compensated=True)
         center = _averaging.init_mean(params, None, compensated=True)
-        zero = jnp.zeros([], jnp.int32)
-        # As the residual: zeros that are sharded as the parameters are.
-        spread = _averaging.init_mean(params, None, compensated=True).residual
-        return RandomScalingState(zero, zero + 0, average, center, spread)
+        spread = _averaging.zeros_as(average.value)
+        step, averaged = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
+        return RandomScalingState(step, averaged, average, center, spread)
 
     def update_fn(
         updates: Any, state: RandomScalingState, params: Any = None, **extra_args: Any
@@ -240,13 +240,7 @@ def confidence_interval(opt_state: Any, level: float = 0.95) -> ConfidenceInterv
 
 def _only_state(opt_state: Any) -> RandomScalingState:
     """The one state of `track_random_scaling` in a pytree."""
-    found = [
-        (path, node)
-        for path, node in jax.tree_util.tree_leaves_with_path(
-            opt_state, is_leaf=lambda node: type(node) is RandomScalingState
-        )
-        if type(node) is RandomScalingState
-    ]
+    found = find_states(opt_state, {RandomScalingState})
     if not found:
         raise ValueError(
             "opt_state holds no state of track_random_scaling: is it part of the"

@@ -14,7 +14,6 @@ train at once, under `nnx.vmap`.
 """
 
 import argparse
-import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -31,27 +30,16 @@ from asgd_optax import average_iterates, averaged_params
 from asgd_optax.flax import update_batch_stats
 
 try:
-    from examples import command_line
+    from examples import command_line, digits
+    from examples.digits import Data, Scores
 except ModuleNotFoundError:  # run as a script, with this folder on the path
     import command_line
+    import digits
+    from digits import Data, Scores
 
 BATCH_SIZE = 32
 HIDDEN_UNITS = 64
 MOMENTUM = 0.9  # of the running statistics
-
-
-class Data(NamedTuple):
-    """Images, of shape (examples, 64), and their labels, (examples,)."""
-
-    images: np.ndarray
-    labels: np.ndarray
-
-
-class Scores(NamedTuple):
-    """Cross-entropy and accuracy on the test set, of each seed. Shapes (seeds,)."""
-
-    loss: np.ndarray
-    accuracy: np.ndarray
 
 
 class Results(NamedTuple):
@@ -108,22 +96,6 @@ def create(
     return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
 
 
-def score(model: nnx.Module, data: Data) -> Scores:
-    """The model's mean cross-entropy and accuracy."""
-    logits = model(data.images)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, data.labels)
-    correct = jnp.argmax(logits, axis=-1) == data.labels
-    return Scores(jnp.mean(losses), jnp.mean(correct))
-
-
-@nnx.jit
-@nnx.vmap
-def train_step(model: nnx.Module, optimizer: nnx.Optimizer, batch: Data) -> None:
-    """One step of every seed."""
-    grads = nnx.grad(lambda model: score(model, batch).loss)(model)
-    optimizer.update(model, grads)
-
-
 @nnx.jit
 @nnx.vmap(in_axes=(0, None))
 def run(model: nnx.Module, images: jax.Array) -> jax.Array:
@@ -131,7 +103,7 @@ def run(model: nnx.Module, images: jax.Array) -> jax.Array:
     return model(images)
 
 
-evaluate = nnx.jit(nnx.vmap(score, in_axes=(0, None)))
+evaluate = nnx.jit(nnx.vmap(digits.score, in_axes=(0, None)))
 
 
 def train(
@@ -144,7 +116,8 @@ def train(
     streams = [minibatches(training, seed) for seed in range(seeds)]
     for _ in tqdm(range(steps), desc="training", unit="step"):
         batches = [next(stream) for stream in streams]
-        train_step(model, optimizer, jax.tree.map(lambda *xs: np.stack(xs), *batches))
+        batch = jax.tree.map(lambda *xs: np.stack(xs), *batches)
+        digits.train_step(model, optimizer, batch)
 
     model.eval()
     last = evaluate(model, test)
@@ -176,23 +149,19 @@ def table(results: Results) -> str:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options, checked."""
-    number, count = command_line.number, command_line.count
+    count = command_line.count
     parser = command_line.Parser(
         "Average a network with BatchNorm; compare its statistics."
     )
     parser.add_argument(
         "--rate",
-        type=number(float, lambda r: 0 < r < math.inf, "positive and finite"),
+        type=command_line.positive,
         default=3.0,
         help="learning rate, constant (default: %(default)s)",
     )
     parser.add_argument(
         "--start",
-        type=number(
-            float,
-            lambda s: s == math.inf or (s >= 0 and s.is_integer()),
-            "a whole number, 0 or more, or inf",
-        ),
+        type=command_line.start,
         help="steps before averaging begins, inf for never (default: a tenth of them)",
     )
     parser.add_argument(

@@ -3,6 +3,7 @@
 
 import argparse
 import contextlib
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,8 +35,19 @@ def number(
     return convert
 
 
-# For `type=` of an option that counts.
+# For `type=` of an option that counts, of a rate, and of a step to begin after.
 count = number(int, lambda n: n >= 1, "a whole number, 1 or more")
+positive = number(float, lambda x: 0 < x < math.inf, "positive and finite")
+start = number(
+    float,
+    lambda s: s == math.inf or (s >= 0 and s.is_integer()),
+    "a whole number, 0 or more, or inf",
+)
+
+
+def count_to(most: int, what: str) -> Callable[[str], Any]:
+    """For `type=` of an option that counts to at most `most`, which is `what`."""
+    return number(int, lambda n: 1 <= n <= most, f"from 1 to {most}, {what}")
 
 
 def check_output(parser: Parser, output: Path) -> None:

@@ -31,7 +31,6 @@ Each way starts processes of its own, in which the CPU is `--devices` devices. W
 
 import argparse
 import functools
-import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -268,7 +267,7 @@ def _parse(
     argv: Sequence[str] | None, examples: int
 ) -> tuple[argparse.Namespace, command_line.Parser]:
     """The options, checked as far as they can be before devices are looked for."""
-    number, count = command_line.number, command_line.count
+    count = command_line.count
     parser = command_line.Parser("Train on many devices, in three ways; compare.")
     parser.add_argument(
         "--how",
@@ -288,17 +287,13 @@ def _parse(
     )
     parser.add_argument(
         "--batch-size",
-        type=number(
-            int,
-            lambda n: 1 <= n <= examples,
-            f"from 1 to {examples}, the size of the training set",
-        ),
+        type=command_line.count_to(examples, "the size of the training set"),
         default=64,
         help="images in a minibatch, on all devices together (default: %(default)s)",
     )
     parser.add_argument(
         "--rate",
-        type=number(float, lambda r: 0 < r < math.inf, "positive and finite"),
+        type=command_line.positive,
         default=1.0,
         help="learning rate (default: %(default)s)",
     )

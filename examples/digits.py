@@ -250,7 +250,7 @@ def _parse(argv: Sequence[str] | None, examples: int) -> argparse.Namespace:
     )
     parser.add_argument(
         "--rate",
-        type=number(float, lambda r: 0 < r < math.inf, "positive and finite"),
+        type=command_line.positive,
         default=0.6,
         help="learning rate, at the start (default: %(default)s)",
     )
@@ -274,11 +274,7 @@ def _parse(argv: Sequence[str] | None, examples: int) -> argparse.Namespace:
     )
     parser.add_argument(
         "--batch-size",
-        type=number(
-            int,
-            lambda n: 1 <= n <= examples,
-            f"from 1 to {examples}, the size of the training set",
-        ),
+        type=command_line.count_to(examples, "the size of the training set"),
         default=16,
         help="images in a minibatch (default: %(default)s)",
     )

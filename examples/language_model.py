@@ -661,7 +661,7 @@ def draw(results: Results, output: Path) -> None:
 
 
 def _parser() -> command_line.Parser:
-    number, count = command_line.number, command_line.count
+    count = command_line.count
     parser = command_line.Parser(
         "Train an LSTM language model; compare SGD, NT-ASGD, EMA and a divided rate."
     )
@@ -674,7 +674,7 @@ def _parser() -> command_line.Parser:
     )
     parser.add_argument(
         "--rate",
-        type=number(float, lambda r: 0 < r < math.inf, "positive and finite"),
+        type=command_line.positive,
         default=25.0,
         help="learning rate (default: %(default)s)",
     )

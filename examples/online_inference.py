@@ -18,7 +18,6 @@ replications of a study are one `vmap` over one `scan`.
 """
 
 import argparse
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -322,9 +321,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     # in one direction the loss has a hundredth of the curvature of the others.
     parser.add_argument(
         "--rate",
-        type=command_line.number(
-            float, lambda c: 0 < c < math.inf, "positive and finite"
-        ),
+        type=command_line.positive,
         default=5.0,
         help="c of the step size min(1/d, c t^-0.505) on the diabetes data (default:"
         " %(default)s)",

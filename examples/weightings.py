@@ -214,17 +214,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--rate",
-        type=number(float, lambda r: 0 < r < math.inf, "positive and finite"),
+        type=command_line.positive,
         default=0.01,
         help="Adam's learning rate (default: %(default)s)",
     )
     parser.add_argument(
         "--start",
-        type=number(
-            float,
-            lambda s: s == math.inf or (s >= 0 and s.is_integer()),
-            "a whole number, 0 or more, or inf",
-        ),
+        type=command_line.start,
         default=0,
         help="steps before averaging begins, inf for never (default: %(default)s)",
     )

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from tools.record_torch_fixtures import draw_problem
+from tools.record_torch_fixtures import check_torch, draw_problem
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "tests" / "fixtures" / "interop.json"
 
@@ -227,10 +227,7 @@ def _unpacked(packed: Mapping[str, Any]) -> Snapshot:
 
 def main() -> None:
     """Records every case after `OUT` and after `BACK` steps, a line each."""
-    import torch
-
-    if not torch.__version__.startswith("2.13."):
-        raise SystemExit(f"torch 2.13 is wanted; this is {torch.__version__}")
+    check_torch()
     lines = {"recipe": json.dumps(RECIPE)}
     for name, case in CASES.items():
         weights, gradients = draw_run(case)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tools import record_torch_fixtures
-from tools.record_torch_fixtures import default_dtype_as, draw_problem
+from tools.record_torch_fixtures import check_torch, default_dtype_as, draw_problem
 
 FIXTURES = record_torch_fixtures.FIXTURES.with_name("torch_nt_asgd.npz")
 
@@ -121,10 +121,7 @@ def problem(dtype: str) -> tuple[np.ndarray, np.ndarray]:
 
 def main() -> None:
     """Records every case, every sequence of losses, both dtypes."""
-    import torch
-
-    if not torch.__version__.startswith("2.13."):
-        raise SystemExit(f"torch 2.13 is wanted; this is {torch.__version__}")
+    check_torch()
     arrays = {"recipe": np.array(RECIPE)}
     picked = np.array(CHECKPOINTS) - 1
     for dtype in DTYPES:
