@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Averaged stochastic gradient descent, `torch.optim.ASGD` step for step."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -179,18 +180,23 @@ def descend(
     """
     _checks.check_update(updates, params, _averaging.mean_value(ax), "state.ax")
 
-    def minus_eta_d(g: jax.Array, p: jax.Array) -> jax.Array:
-        return -eta.astype(g.dtype) * (g + decay.astype(g.dtype) * p)
-
-    def step_of(g: Any, p: Any) -> jax.Array:
-        wide = _averaging.wide_dtype(g, p)
-        g, p = jnp.asarray(g, dtype=wide), jnp.asarray(p, dtype=wide)
-        return _averaging.on_real_parts(minus_eta_d, g, p)
-
-    steps = jax.tree.map(step_of, updates, params)
-    steps = _averaging.round_updates(steps, updates)
+    steps = jax.tree.map(partial(_step, -eta, decay), updates, params)
     iterates = optax.apply_updates(params, steps)
     return steps, _averaging.update_mean(ax, iterates, mu)
+
+
+@jax.jit
+def _step(minus_eta: Any, decay: Any, g: Any, p: Any) -> jax.Array:
+    """-eta (g + decay p), in the dtype of g."""
+
+    def f(g: jax.Array, p: jax.Array) -> jax.Array:
+        return minus_eta.astype(g.dtype) * (g + decay.astype(g.dtype) * p)
+
+    wide = _averaging.wide_dtype(g, p)
+    step = _averaging.on_real_parts(
+        f, jnp.asarray(g, dtype=wide), jnp.asarray(p, dtype=wide)
+    )
+    return _averaging.rounded_update(step, jnp.result_type(g))
 
 
 def step_size(step: jax.Array, rate: Any, lambd: Any, alpha: Any) -> jax.Array:

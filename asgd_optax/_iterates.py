@@ -104,7 +104,7 @@ def average_iterates(
         step = optax.safe_increment(jnp.asarray(state.step))
         since = step - split_start(start)[0]
         period = split_start(every)[0]
-        updates = _averaging.round_updates(updates, updates)
+        updates = _averaging.round_updates(updates)
         iterates = optax.apply_updates(params, updates)
 
         def average() -> Any:

@@ -119,7 +119,7 @@ def track_random_scaling(
         )
         step = optax.safe_increment(jnp.asarray(state.step))
         averaged = jnp.maximum(step - split_start(start)[0], 0)
-        updates = _averaging.round_updates(updates, updates)
+        updates = _averaging.round_updates(updates)
         iterates = optax.apply_updates(params, updates)
         n = jnp.maximum(averaged, 1).astype(jnp.result_type(float))
         average = _averaging.update_mean(state.average, iterates, 1 / n)
