@@ -167,10 +167,11 @@ def _compensated(
         w = weight.astype(x.dtype)
         # Where the weight is 1 the recursion starts anew from the iterate. Its
         # inputs are selected, not its outputs: on outputs XLA spends another pass.
-        start = jnp.where(w == 1, x, v)
         increment = jnp.where(w == 1, -0.0, w * ((x - v) - r) + r)
-        total = rounded(start + increment, stored_dtype)
-        return total, (start - total) + increment
+        total = rounded(jnp.where(w == 1, x, v) + increment, stored_dtype)
+        # Selected once more, not to be taken for the same, of which XLA would keep an
+        # array on the CPU. (No weight is above 1.)
+        return total, (jnp.where(w >= 1, x, v) - total) + increment
 
     value, residual = jnp.asarray(value), jnp.asarray(residual)
     stored_dtype = jnp.finfo(value.dtype).dtype
