@@ -46,6 +46,19 @@ $(VENV)-tpu/.test: pyproject.toml
 test-tpu: $(VENV)-tpu/.test  ## Ask the TPU compiler, without a TPU
 	$(VENV)-tpu/bin/python -m pytest tests/tpu $(ARGS)
 
+# An environment of its own: beside a live torch the ordinary tests are not the same.
+$(VENV)-bench/.bench: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-bench
+	$(VENV)-bench/bin/pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	@touch $@
+
+BENCHMARKS := step_cost training_loop one_pass rate_sweep
+
+.PHONY: bench
+bench: $(VENV)-bench/.bench  ## Measure what it costs and what it buys; tables and pictures
+	for name in $(BENCHMARKS); do \
+	  $(VENV)-bench/bin/python -m benchmarks.$$name $(ARGS) || exit 1; done
+
 .PHONY: lint
 lint: $(VENV)/.dev  ## Check style and format (ruff)
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ into a fused multiply-add. The average would then be that of iterates nobody
 applied, so `rounded` and `_apart` write them in operations that neither removes.
 
 What is done to a leaf is a `jax.jit` of its own: leaves of one shape then share a
-trace, which is half of the time that many leaves take to compile, and run as one
+trace, which is a third of the time that many leaves took to compile, and run as one
 program each where nothing else is jitted.
 """
 

@@ -1,0 +1,451 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A sweep in one graph: learning rates, starts of the averaging and seeds.
+
+    python -m benchmarks.rate_sweep
+
+The network and the data of examples/digits.py, trained at many constant rates from
+several seeds. The rate and `t0` are traced arrays, so that all of it is one jitted
+call. The minibatches and the noise on their pixels are drawn in the graph, once a
+seed: all rates see the same. The iterates do not depend on `t0`, so one run keeps an
+average for each: `jax.vmap` over the optimizer's update batches `mu` and `ax` alone.
+
+The picture shows the test accuracy, means over the seeds, and the first table the
+rates at which it comes near to the best of all. The second table compares the time
+of the sweep, with one `t0`, with the same runs in turn. Of those a few are timed, in
+full and in rotation with the sweep, and their mean is multiplied, as the table says.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+import torch
+from matplotlib.ticker import LogLocator
+
+from asgd_optax import ASGDState, asgd, averaged_params
+from benchmarks import harness
+from examples.digits import HIDDEN_UNITS, MAX_GRADIENT_NORM, Data, load_splits
+
+RATES = (0.01, 5.0)  # the lowest and the highest
+STARTS = np.arange(8) / 8  # of the averaging, in shares of the steps
+HALF = 4  # the index of 1/2 in it
+BATCH_SIZE = 32
+NOISE = 0.2  # standard deviation, on pixels in [0, 1]
+NEAR = 0.01  # of the best accuracy
+FAILED = 0.5  # accuracy; chance is 0.1
+SWEEP = "JAX, one call"
+
+# The state of `optimizer` where `t0` is batched: what has an axis for it.
+BATCHED_BY_T0 = (None, ASGDState(step=None, eta=None, mu=0, ax=0))
+
+
+class Sizes(NamedTuple):
+    """How much is run; `samples` of the runs are timed one by one."""
+
+    rates: int = 64
+    seeds: int = 8
+    steps: int = 1600
+    samples: int = 4
+    repetitions: int = 3
+
+    @property
+    def runs(self) -> int:
+        return self.rates * self.seeds
+
+
+class Accuracy(NamedTuple):
+    """On the test set: of the last iterate, (...), and of the averages, (..., t0s)."""
+
+    last: Any
+    average: Any
+
+
+def optimizer(rate: Any, t0: Any) -> optax.GradientTransformation:
+    """The demo's chain."""
+    clip = optax.clip_by_global_norm(MAX_GRADIENT_NORM)
+    return optax.chain(clip, asgd(rate, lambd=0.0, t0=t0))
+
+
+def init_params(key: jax.Array) -> dict[str, jax.Array]:
+    """Weights named and shaped as those of `torch_model`, which can load them."""
+    keys = jax.random.split(key)
+    weights = jax.nn.initializers.lecun_normal(in_axis=-1, out_axis=-2)
+    return {
+        "0.weight": weights(keys[0], (HIDDEN_UNITS, 64)),
+        "0.bias": jnp.zeros(HIDDEN_UNITS),
+        "2.weight": weights(keys[1], (10, HIDDEN_UNITS)),
+        "2.bias": jnp.zeros(10),
+    }
+
+
+def logits_of(params: dict[str, jax.Array], images: jax.Array) -> jax.Array:
+    hidden = jax.nn.relu(images @ params["0.weight"].T + params["0.bias"])
+    return hidden @ params["2.weight"].T + params["2.bias"]
+
+
+def loss(params: dict[str, jax.Array], batch: Data) -> jax.Array:
+    logits = logits_of(params, batch.images)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+    return jnp.mean(losses)
+
+
+def draw_batch(data: Data, key: jax.Array) -> Data:
+    """A minibatch of examples drawn with replacement, with noise on the pixels."""
+    keys = jax.random.split(key)
+    picked = jax.random.randint(keys[0], (BATCH_SIZE,), 0, len(data.labels))
+    images = data.images[picked]
+    errors = jax.random.normal(keys[1], images.shape)
+    return Data(images + NOISE * errors, data.labels[picked])
+
+
+def run(
+    steps: int, training: Data, test: Data, seed: Any, rate: Any, t0s: Any
+) -> Accuracy:
+    """Trains one network; its averages begin at each of `t0s`, of shape (t0s,)."""
+
+    def update(t0: Any, grads: Any, state: Any, params: Any) -> Any:
+        return optimizer(rate, t0).update(grads, state, params)
+
+    update_all = jax.vmap(
+        update, in_axes=(0, None, BATCHED_BY_T0, None), out_axes=(None, BATCHED_BY_T0)
+    )
+
+    def train_step(carry: Any, key: jax.Array) -> Any:
+        params, state = carry
+        grads = jax.grad(loss)(params, draw_batch(training, key))
+        updates, state = update_all(t0s, grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    def accuracy(params: Any) -> jax.Array:
+        predicted = jnp.argmax(logits_of(params, test.images), axis=-1)
+        return jnp.mean(predicted == test.labels)
+
+    first, key = jax.random.split(jax.random.key(seed))
+    params = init_params(first)
+    state = jax.vmap(lambda t0: optimizer(rate, t0).init(params), 0, BATCHED_BY_T0)(t0s)
+    keys = jax.random.split(key, steps)
+    (params, state), _ = jax.lax.scan(train_step, (params, state), keys)
+    return Accuracy(accuracy(params), jax.vmap(accuracy)(averaged_params(state)))
+
+
+def sweep(
+    steps: int, training: Data, test: Data, seeds: Any, rates: Any, t0s: Any
+) -> Accuracy:
+    """The accuracies of all runs, of shape (seeds, rates) and (seeds, rates, t0s)."""
+
+    def all_rates(seed: jax.Array) -> Accuracy:
+        return jax.vmap(lambda rate: run(steps, training, test, seed, rate, t0s))(rates)
+
+    # The networks of one seed fit into the cache, those of all do not.
+    return jax.lax.map(all_rates, seeds)
+
+
+def compiled(function: Callable[..., Any], *like: Any) -> tuple[Any, float]:
+    """`function` compiled for such arguments, and the seconds that it took."""
+    began = time.perf_counter()
+    program = jax.jit(function).lower(*like).compile()
+    seconds = time.perf_counter() - began
+    return lambda *args: jax.block_until_ready(program(*args)), seconds
+
+
+def torch_model(seed: Any) -> torch.nn.Module:
+    """The network, with the weights that a JAX run of this seed starts from."""
+    model = torch.nn.Sequential(
+        torch.nn.Linear(64, HIDDEN_UNITS),
+        torch.nn.ReLU(),
+        torch.nn.Linear(HIDDEN_UNITS, 10),
+    )
+    first, _ = jax.random.split(jax.random.key(seed))
+    weights = {k: torch.tensor(np.array(v)) for k, v in init_params(first).items()}
+    model.load_state_dict(weights)
+    return model
+
+
+def torch_run(
+    steps: int, training: Data, test: Data, seed: Any, rate: Any, foreach: bool
+) -> Accuracy:
+    """As `run`, with one average, from half of the steps on."""
+    model, generator = torch_model(seed), torch.Generator().manual_seed(int(seed))
+    optimizer = torch.optim.ASGD(
+        model.parameters(), float(rate), lambd=0.0, t0=steps / 2, foreach=foreach
+    )
+    images, labels = map(torch.from_numpy, training)
+    for _ in range(steps):
+        picked = torch.randint(len(labels), (BATCH_SIZE,), generator=generator)
+        errors = torch.randn(BATCH_SIZE, 64, generator=generator)
+        logits = model(images[picked] + NOISE * errors)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(logits, labels[picked]).backward()
+        torch.nn.utils.clip_grad_norm_(
+            model.parameters(), MAX_GRADIENT_NORM, foreach=foreach
+        )
+        optimizer.step()
+
+    def accuracy(params: dict[str, torch.Tensor]) -> float:
+        logits = torch.func.functional_call(
+            model, params, torch.from_numpy(test.images)
+        )
+        correct = logits.argmax(dim=-1) == torch.from_numpy(test.labels)
+        return correct.float().mean().item()
+
+    params = dict(model.named_parameters())
+    averages = {name: optimizer.state[p]["ax"] for name, p in params.items()}
+    return Accuracy(accuracy(params), accuracy(averages))
+
+
+def faster_threads(trial: Callable[[], Any]) -> int:
+    """Of one and torch's own number, the threads with which the trial is faster."""
+    seconds = {}
+    for threads in {1, torch.get_num_threads()}:
+        torch.set_num_threads(threads)
+        trial()  # warms up
+        began = time.perf_counter()
+        trial()
+        seconds[threads] = time.perf_counter() - began
+    return min(seconds, key=seconds.get)
+
+
+def in_turn(run_one: Callable[..., Any], samples: Any) -> harness.Contestant:
+    """The sampled runs, a run a call."""
+
+    def setup() -> Callable[[], Any]:
+        runs = itertools.cycle(samples)
+        return lambda: run_one(*next(runs))
+
+    return harness.Contestant(setup, len(samples))
+
+
+def measure_times(
+    sweep_half: Any, run_half: Any, torch_half: Any, samples: Any, sizes: Sizes
+) -> dict[str, harness.Time]:
+    """The seconds that all runs take; of those in turn, from the samples."""
+    contestants = {
+        SWEEP: harness.Contestant(lambda: sweep_half, 1),
+        "JAX, in turn": in_turn(run_half, samples),
+        "torch, in turn": in_turn(partial(torch_half, foreach=False), samples),
+        "torch, in turn, foreach": in_turn(partial(torch_half, foreach=True), samples),
+    }
+    times = harness.measure(contestants, sizes.repetitions)
+    return {
+        name: seconds
+        if name == SWEEP
+        else harness.Time(*(sizes.runs * np.array(seconds)))
+        for name, seconds in times.items()
+    }
+
+
+def time_table(times: dict[str, harness.Time], sizes: Sizes) -> str:
+    sweep_time = times[SWEEP].median
+    rows = []
+    for name, seconds in times.items():
+        whole = name == SWEEP
+        timed = "all" if whole else f"{sizes.samples} of {sizes.runs}"
+        quartiles = f"{seconds.low:.3g} to {seconds.high:.3g}"
+        ratio = f"{seconds.median / sweep_time:.1f}"
+        rows.append([name, timed, f"{seconds.median:.3g}", quartiles, ratio])
+    header = [f"{sizes.runs} runs", "runs timed", "time (s)", "quartiles", "ratio"]
+    return harness.table(header, rows)
+
+
+def near_best(rates: np.ndarray, mean: np.ndarray, best: float) -> list[str]:
+    """The range of rates near the best, and how many they are: two cells."""
+    near = rates[mean >= best - NEAR]
+    if not near.size:
+        return ["none", "0"]
+    low, high = near[0], near[-1]
+    return [f"{low:.2g} to {high:.2g} ({high / low:.1f}-fold)", f"{near.size}"]
+
+
+def range_table(rates: np.ndarray, last: np.ndarray, average: np.ndarray) -> str:
+    """Where mean accuracies, (rates,) and (rates, t0s), are near the best."""
+    best = max(last.max(), average.max())
+    widest = int(np.argmax(np.sum(average >= best - NEAR, axis=0)))
+    means = {
+        "last iterate": last,
+        "average, from half of the steps": average[:, HALF],
+        f"average, from {STARTS[widest]:g} of them, the widest": average[:, widest],
+    }
+    rows = [
+        [
+            name,
+            f"{100 * mean.max():.2f}",
+            f"{rates[mean.argmax()]:.2g}",
+            *near_best(rates, mean, best),
+            *near_best(rates, mean, mean.max()),
+        ]
+        for name, mean in means.items()
+    ]
+    near_all, near_own = "near the best of all", "near its own best"
+    header = ["", "best (%)", "at rate", near_all, "rates", near_own, "rates"]
+    return harness.table(header, rows)
+
+
+def draw(rates: np.ndarray, results: Accuracy, output: Path) -> None:
+    """Draws the last iterate's accuracies as a strip, the averages' as a map."""
+    figure, (strip, heat) = plt.subplots(
+        2,
+        sharex=True,
+        figsize=(7.5, 4.6),
+        layout="constrained",
+        gridspec_kw={"height_ratios": (1, len(STARTS))},
+    )
+    best = max(np.mean(scores, axis=0).max() for scores in results)
+    half_cell = np.sqrt(rates[1] / rates[0])
+    edges = np.append(rates / half_cell, rates[-1] * half_cell)
+    for axes, accuracies in (
+        (strip, results.last[..., None]),
+        (heat, results.average),
+    ):
+        mean, worst = accuracies.mean(axis=0).T, accuracies.min(axis=0).T
+        mesh = axes.pcolormesh(
+            edges,
+            np.arange(len(mean) + 1) - 0.5,
+            100 * mean,
+            cmap=plt.get_cmap("viridis").with_extremes(under="0.85"),
+            vmin=100 * best - 6,
+            vmax=100 * best,
+        )
+        for name, marked, marker, colour in (
+            (f"within {100 * NEAR:g} point of the best", mean >= best - NEAR, "o", "k"),
+            (f"a seed below {100 * FAILED:g} %", worst < FAILED, "x", "#D55E00"),
+        ):
+            y, x = np.nonzero(marked)
+            axes.scatter(rates[x], y, s=7, c=colour, marker=marker, lw=0.8, label=name)
+        axes.spines[["top", "right"]].set_visible(False)
+    strip.set_yticks([0], ["last iterate"])
+    heat.set_yticks(range(len(STARTS)), [f"{start:g}" for start in STARTS])
+    heat.set(
+        xscale="log",
+        xlabel="learning rate",
+        ylabel="averaging begins at (share of the steps)",
+    )
+    heat.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    heat.xaxis.set_major_formatter("{x:g}")
+    heat.xaxis.set_minor_formatter("")
+    figure.colorbar(
+        mesh, ax=(strip, heat), extend="min", label="test accuracy (%), mean over seeds"
+    )
+    handles, labels = heat.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=2, frameon=False)
+    figure.savefig(output, dpi=120)
+    plt.close(figure)
+
+
+TEXT = """\
+# A sweep of the learning rate in one graph
+
+{runs} runs of {steps:,} steps, {rates} constant rates from {low:g} to {high:g} by \
+{seeds} seeds: the demo's network (64-{hidden}-10), {batch} images a step, noise of \
+{noise} on their pixels, gradients clipped to norm {clip:g}, float32. Each run keeps \
+{starts} averages, from 0 to {latest:g} of the steps on. All of it in one jitted call: \
+{all_seconds:.1f} s (timed once) after {all_compile:.1f} s of compilation.
+
+Test accuracy, mean over the seeds. *near*: the lowest and the highest rate within \
+{near:g} point of the best of the table, or of the row, and how many of the {rates} \
+rates are. In {lost} of the {runs} runs the last iterate is below {failed:g} %.
+
+{ranges}
+
+![Test accuracy by rate and start](rate_sweep.png)
+
+Time of the {runs} runs with one average each, from half of the steps on; medians of \
+{repetitions}, in random order, without compilation. *JAX, one call*: the rates by \
+`vmap`, the seeds by `lax.map`; compiled in {half_compile:.1f} s. *In turn*: run after \
+run, in JAX each one jitted call (compiled in {run_compile:.1f} s), in torch eager \
+`torch.optim.ASGD`, with {threads} of {cores} threads, the faster. Times in turn are \
+extrapolated: {samples} whole runs were timed and their mean multiplied by {runs}.
+
+{table}
+
+Mean test accuracy (%) of the {samples} timed runs, one seed each, at rates from \
+{samples_low:.2g} to {samples_high:.2g}: {ours[0]:.1f} in JAX and {theirs[0]:.1f} in \
+torch, of their averages {ours[1]:.1f} and {theirs[1]:.1f}. Initial weights are the \
+same, minibatches and noise each library's own.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Sweeps, times, and writes the tables and the picture."""
+    parser = harness.parser("A sweep of the learning rate in one graph.")
+    options = parser.parse_args(argv)
+    sizes = Sizes()
+    if options.quick:
+        sizes = Sizes(rates=8, seeds=2, steps=40, samples=2, repetitions=1)
+    training, _, test = load_splits()
+    rates = np.geomspace(*RATES, sizes.rates, dtype=np.float32)
+    seeds = np.arange(sizes.seeds)
+    t0s = (sizes.steps * STARTS).astype(np.float32)
+    half = t0s[[HALF]]
+
+    data = jax.tree.map(jnp.asarray, (training, test))
+    sweep_part = partial(sweep, sizes.steps, *data)
+    run_part = partial(run, sizes.steps, *data)
+    sweep_all, all_compile = compiled(sweep_part, seeds, rates, t0s)
+    sweep_half, half_compile = compiled(sweep_part, seeds, rates, half)
+    run_half, run_compile = compiled(run_part, seeds[0], rates[0], half)
+    torch_half = partial(torch_run, sizes.steps, training, test)
+
+    began = time.perf_counter()
+    results = Accuracy(*map(np.asarray, sweep_all(seeds, rates, t0s)))
+    all_seconds = time.perf_counter() - began
+
+    # A seed each, at rates of the middle of the range.
+    ends = sizes.rates // 4, 3 * sizes.rates // 4
+    picked = np.linspace(*ends, sizes.samples).astype(int)
+    samples = list(zip(seeds, rates[picked], strict=False))
+    which = np.arange(sizes.samples), picked
+    cores = torch.get_num_threads()
+    trial = partial(torch_run, 100, training, test, *samples[0], foreach=False)
+    threads = faster_threads(trial)
+    torch.set_num_threads(threads)
+    ours = results.last[which], results.average[*which, HALF]
+    theirs = [torch_half(seed, rate, foreach=False) for seed, rate in samples]
+
+    times = measure_times(
+        partial(sweep_half, seeds, rates, half),
+        lambda seed, rate: run_half(seed, rate, half),
+        torch_half,
+        samples,
+        sizes,
+    )
+    text = TEXT.format(
+        **sizes._asdict(),
+        runs=sizes.runs,
+        low=RATES[0],
+        high=RATES[1],
+        hidden=HIDDEN_UNITS,
+        batch=BATCH_SIZE,
+        noise=NOISE,
+        clip=MAX_GRADIENT_NORM,
+        starts=len(STARTS),
+        latest=STARTS[-1],
+        all_seconds=all_seconds,
+        all_compile=all_compile,
+        half_compile=half_compile,
+        run_compile=run_compile,
+        threads=threads,
+        cores=cores,
+        near=100 * NEAR,
+        failed=100 * FAILED,
+        lost=np.sum(results.last < FAILED),
+        ranges=range_table(rates, results.last.mean(0), results.average.mean(0)),
+        table=time_table(times, sizes),
+        samples_low=rates[picked[0]],
+        samples_high=rates[picked[-1]],
+        ours=100 * np.mean(ours, axis=1),
+        theirs=100 * np.mean(theirs, axis=0),
+    )
+    harness.report("rate_sweep", text, options.output)
+    draw(rates, results, options.output / "rate_sweep.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,446 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What averaging adds to an optimizer's step, beside optax's and PyTorch's own.
+
+    python -m benchmarks.step_cost --output out/benchmarks
+
+One optimizer step alone: no model, float32, the same gradients every time. The trees
+are one leaf, the shapes of GPT-2 small, and 1,000 small leaves. In JAX a step is
+compiled and its parameters and state are donated. PyTorch's steps are those of its
+documentation, with ASGD compiled as well, which takes a C++ compiler.
+
+All steps are timed in one run in a random order (`benchmarks.harness`), and among them
+an array negated in place, which tells how fast memory is read and written. The
+compilers are timed before that: JAX's from three compilations of each step, in
+rotation and with its caches cleared, PyTorch's from one.
+"""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+import torch
+from matplotlib.patches import Patch
+from torch.optim import swa_utils
+from tqdm import tqdm
+
+from asgd_optax import asgd, average_iterates
+from benchmarks import harness
+
+RATE = 1e-4
+BASE = "optax.sgd"
+COMPILED = "torch ASGD, compiled"
+COPIES = ("copy in JAX", "copy in torch")
+# Few, so that a leaf of any size is soon filled with repeats of them.
+NORMALS = np.random.default_rng(0).standard_normal(4096, np.float32)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # torch's
+SAME_DEVICE = DEVICE == "cuda" or jax.default_backend() == "cpu"
+
+Call = Callable[[], Any]
+
+
+class Tree(NamedTuple):
+    """The shapes of some parameters.
+
+    Attributes:
+      title: what they are.
+      shapes: one a leaf.
+      calls: how many steps make one repetition.
+      torch_compiles: whether torch.compile does so in reasonable time.
+    """
+
+    title: str
+    shapes: Sequence[tuple[int, ...]]
+    calls: int
+    torch_compiles: bool = True
+
+    @property
+    def size(self) -> int:
+        return sum(int(np.prod(shape)) for shape in self.shapes)
+
+
+class Method(NamedTuple):
+    """An optimizer in JAX, as pure functions."""
+
+    init: Callable[[Any], Any]  # of params; returns the state
+    step: Callable[[Any, Any, Any], tuple[Any, Any]]  # of params, state, gradients
+
+
+class Compiled(NamedTuple):
+    """A compiled step, the seconds it took to make it, and XLA's count of bytes."""
+
+    step: Callable[..., Any]
+    seconds: Sequence[float]  # to trace and to compile; one number for both in torch
+    bytes: float | None = None  # a parameter
+
+
+def of_optax(tx: optax.GradientTransformation) -> Method:
+    def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return Method(tx.init, step)
+
+
+def sgd_and_ema() -> Method:
+    """An average written by hand, beside the optimizer in the same jit."""
+    sgd = of_optax(optax.sgd(RATE))
+
+    def init(params: Any) -> Any:
+        return sgd.init(params), jax.tree.map(jnp.copy, params)
+
+    def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
+        inner, ema = state
+        params, inner = sgd.step(params, inner, grads)
+        return params, (inner, optax.incremental_update(params, ema, 0.001))
+
+    return Method(init, step)
+
+
+def torch_params(tree: Tree) -> torch.nn.ParameterList:
+    """Parameters that have their gradients, as a module."""
+    params = torch.nn.ParameterList(
+        torch.tensor(leaf, device=DEVICE) for leaf in normals(tree)
+    )
+    for p in params:
+        p.grad = p.detach().clone()
+    return params
+
+
+def torch_sgd(tree: Tree) -> Call:
+    return torch.optim.SGD(torch_params(tree), lr=RATE).step
+
+
+def torch_averaged(tree: Tree, multi_avg_fn: Any = None) -> Call:
+    params = torch_params(tree)
+    optimizer = torch.optim.SGD(params, lr=RATE)
+    average = swa_utils.AveragedModel(params, multi_avg_fn=multi_avg_fn)
+
+    def step() -> None:
+        optimizer.step()
+        average.update_parameters(params)
+
+    return step
+
+
+def torch_asgd(tree: Tree, **options: Any) -> Call:
+    return torch.optim.ASGD(torch_params(tree), lr=RATE, t0=0, **options).step
+
+
+IN_JAX = {
+    BASE: of_optax(optax.sgd(RATE)),
+    "optax.sgd, EMA by hand": sgd_and_ema(),
+    "optax.sgd, average_iterates": of_optax(
+        optax.chain(optax.sgd(RATE), average_iterates())
+    ),
+    "asgd": of_optax(asgd(RATE, t0=0)),
+    "asgd, compensated": of_optax(asgd(RATE, t0=0, compensated=True)),
+    "optax.adam": of_optax(optax.adam(RATE)),
+}
+IN_TORCH = {
+    "torch SGD": torch_sgd,
+    "torch SGD, AveragedModel": torch_averaged,
+    "torch SGD, AveragedModel (EMA)": partial(
+        torch_averaged, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.999)
+    ),
+    "torch ASGD, for-loop": partial(torch_asgd, foreach=False),
+    "torch ASGD, foreach": partial(torch_asgd, foreach=True),
+}
+# Bytes a parameter, 20 where nothing is said: parameters and gradients make 12, and an
+# average, a moment or a residual 8 each.
+LEAST = {BASE: 12, "torch SGD": 12, "asgd, compensated": 28, "optax.adam": 28}
+
+
+def gpt2(width: int, layers: int, vocabulary: int, positions: int) -> list[tuple]:
+    """The shapes of a GPT-2's parameters."""
+    norm = [(width,), (width,)]
+    attention = [(width, 3 * width), (3 * width,), (width, width), (width,)]
+    mlp = [(width, 4 * width), (4 * width,), (4 * width, width), (width,)]
+    embeddings = [(vocabulary, width), (positions, width)]
+    return embeddings + layers * (norm + attention + norm + mlp) + norm
+
+
+def trees(quick: bool) -> list[Tree]:
+    if quick:
+        return [
+            Tree("8 k in one leaf", [(2**13,)], calls=2),
+            Tree("5 k in GPT-2's shapes", gpt2(16, 1, 64, 16), 2, torch_compiles=False),
+            Tree("1 k in 20 leaves", 20 * [(8, 8)], 2, torch_compiles=False),
+        ]
+    return [
+        Tree("33 M in one leaf", [(2**25,)], calls=6),
+        Tree("124 M in GPT-2's shapes", gpt2(768, 12, 50257, 1024), 3),
+        Tree("4 M in 1,000 leaves", 1000 * [(64, 64)], 10, torch_compiles=False),
+    ]
+
+
+def normals(tree: Tree) -> Iterator[np.ndarray]:
+    """The leaves, standard normal: no step makes subnormal numbers of them."""
+    return (np.resize(NORMALS, shape) for shape in tree.shapes)
+
+
+def compile_jax(tree: Tree, rotations: int) -> dict[str, Compiled]:
+    """All steps compiled for a tree so many times, in rotation, no cache kept."""
+    params = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in tree.shapes]
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in IN_JAX}
+    steps = {}
+    for _ in range(rotations):
+        for name, method in IN_JAX.items():
+            state = jax.eval_shape(method.init, params)
+            jax.clear_caches()
+            gc.collect()  # or it is counted in the next one's time
+            began = time.perf_counter()
+            jitted = jax.jit(method.step, donate_argnums=(0, 1))
+            lowered = jitted.lower(params, state, params)
+            between = time.perf_counter()
+            steps[name] = lowered.compile()
+            seconds[name].append((between - began, time.perf_counter() - between))
+    return {
+        name: Compiled(
+            step,
+            [statistics.median(column) for column in zip(*seconds[name], strict=True)],
+            step.cost_analysis()["bytes accessed"] / tree.size,
+        )
+        for name, step in steps.items()
+    }
+
+
+def compile_torch(tree: Tree) -> Compiled:
+    """ASGD as PyTorch's tutorial on compiled optimizers has it.
+
+    Capturable, so that the step's count, which decides on the average, stays a tensor.
+    """
+    asgd_step = torch_asgd(tree, foreach=True, capturable=True)
+    step = waiting(torch.compile(lambda: asgd_step()))
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - began)
+    return Compiled(step, [seconds[0] - seconds[-1]])
+
+
+def waiting(step: Call) -> Call:
+    """The step, and on a GPU the wait for it."""
+
+    def call() -> None:
+        step()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    return call
+
+
+def contestants(
+    tree: Tree, compiled: Mapping[str, Compiled]
+) -> dict[str, harness.Contestant]:
+    """All that is timed on a tree."""
+
+    def jax_step(name: str) -> Call:
+        params, grads = ([jnp.array(leaf) for leaf in normals(tree)] for _ in range(2))
+        carry = jax.block_until_ready((params, IN_JAX[name].init(params)))
+
+        def call() -> None:
+            nonlocal carry
+            carry = jax.block_until_ready(compiled[name].step(*carry, grads))
+
+        return call
+
+    def torch_step(name: str) -> Call:
+        step = waiting(IN_TORCH[name](tree))
+        # ASGD's first two steps copy the iterate; the harness makes the second.
+        step()
+        return step
+
+    def jax_copy() -> Call:
+        negate = jax.jit(jnp.negative, donate_argnums=0)
+        x = jnp.ones(3 * tree.size, jnp.float32)
+
+        def call() -> None:
+            nonlocal x
+            x = jax.block_until_ready(negate(x))
+
+        return call
+
+    def torch_copy() -> Call:
+        return waiting(torch.ones(3 * tree.size, device=DEVICE).neg_)
+
+    setups = {name: partial(jax_step, name) for name in IN_JAX}
+    setups[COPIES[0]] = jax_copy
+    if SAME_DEVICE:
+        setups |= {name: partial(torch_step, name) for name in IN_TORCH}
+        setups[COPIES[1]] = torch_copy
+    if COMPILED in compiled:
+        # It keeps its arrays for the whole run: for others it would compile anew.
+        setups[COMPILED] = lambda: compiled[COMPILED].step
+    return {
+        name: harness.Contestant(setup, tree.calls) for name, setup in setups.items()
+    }
+
+
+def section(
+    tree: Tree, times: Mapping[str, harness.Time], compiled: Mapping[str, Compiled]
+) -> str:
+    """The table of a tree, and the bandwidth it refers to."""
+    copies = {name: times[name].median for name in COPIES if name in times}
+
+    def row(name: str) -> list[str]:
+        step, least, made = times[name], LEAST.get(name, 20), compiled.get(name)
+        cells = [
+            name,
+            "{:.3g} [{:.3g}, {:.3g}]".format(*(1e3 * seconds for seconds in step)),
+            f"{step.median / times[BASE].median:.2f}",
+            f"{least}",
+            f"{made.bytes:.1f}" if made and made.bytes else "-",
+            # The copy moves three arrays at 8 bytes an element.
+            f"{100 * least / 24 * min(copies.values()) / step.median:.0f}",
+        ]
+        if made is None:
+            return [*cells, "-", "-"]
+        ratio = sum(made.seconds) / sum(compiled[BASE].seconds)
+        seconds = " + ".join(f"{seconds:.2f}" for seconds in made.seconds)
+        return [*cells, seconds, f"{ratio:.1f}"]
+
+    header = [tree.title, "step (ms)", "ratio", "least bytes", "XLA's bytes"]
+    header += ["bandwidth (%)", "compile (s)", "ratio"]
+    table = harness.table(header, [row(name) for name in times if name not in copies])
+    speeds = [f"{24e-9 * tree.size / s:.1f} ({name})" for name, s in copies.items()]
+    return (
+        f"{table}\n\n{tree.size:,} parameters, leaves: {len(tree.shapes):,}."
+        f" Bandwidth in GB/s: {', '.join(speeds)}."
+    )
+
+
+PAGE = """\
+# What averaging adds to an optimizer's step
+
+One step alone, float32, gradients fixed. JAX on {jax_device}, torch on \
+{torch_device}. Medians [quartiles] of {repetitions} repetitions.
+
+- *ratio*: to `{base}`.
+- *least bytes*: a parameter, each array read once and, if it changes, written once.
+  *XLA's bytes*: what XLA counts in the step that it compiled.
+- *bandwidth*: least bytes over time, in percent of the faster copy's in the same run:
+  an array as large as three of the tree's, negated in place. A step that reads more
+  than it writes may exceed it.
+- *compile*: to trace and lower + to compile, medians of {rotations}. Torch: all
+  in one, the first call less a later one.
+- *AveragedModel*: as it is by default, and with `get_ema_multi_avg_fn`.
+- *torch ASGD, compiled*: `torch.compile` of the step with `foreach` and `capturable`.
+  {left_out}
+
+{sections}
+"""
+
+
+def draw(times: Mapping[str, Mapping[str, harness.Time]], output: Path) -> None:
+    """Draws the steps' times over that of `BASE`, a panel for each tree."""
+    names = [name for name in next(iter(times.values())) if name not in COPIES]
+    colors = {"this library": "#E69F00", "optax": "#0072B2", "PyTorch": "0.6"}
+
+    def source(name: str) -> str:
+        if name.startswith("torch"):
+            return "PyTorch"
+        ours = "asgd" in name or "average_iterates" in name
+        return "this library" if ours else "optax"
+
+    figure, panels = plt.subplots(
+        ncols=len(times), figsize=(11, 4.6), sharey=True, layout="constrained"
+    )
+    for axes, (title, steps) in zip(panels, times.items(), strict=True):
+        base = steps[BASE].median
+        for name in names:
+            ratio = steps[name].median / base if name in steps else 0
+            axes.barh(name, ratio, color=colors[source(name)])
+            text = f"{ratio:.2f}" if ratio else "left out"
+            axes.annotate(
+                text,
+                (ratio, name),
+                xytext=(3, 0),
+                textcoords="offset points",
+                verticalalignment="center",
+                fontsize=8,
+            )
+        axes.set(
+            title=f"{title}\n{BASE}: {1e3 * base:.3g} ms", xlabel=f"time, {BASE} = 1"
+        )
+        axes.margins(x=0.18)
+        axes.grid(axis="x", alpha=0.3)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].invert_yaxis()
+    handles = [Patch(color=color, label=label) for label, color in colors.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(output, dpi=120)
+    plt.close(figure)
+
+
+def left_out(tried: Sequence[Tree], compiled: Mapping[str, Mapping]) -> str:
+    """What torch.compile would take where it was not run, going by where it was."""
+    done = [tree for tree in tried if COMPILED in compiled[tree.title]]
+    if not done:
+        return "Not run."
+    (seconds,) = compiled[done[-1].title][COMPILED].seconds
+    leaf = seconds / len(done[-1].shapes)
+    others = ", ".join(
+        f"{tree.title} (it would take about {leaf * len(tree.shapes):.0f} s)"
+        for tree in tried
+        if tree not in done
+    )
+    return f"Left out, extrapolating from {done[-1].title}: {others}."
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compiles, times, and writes the tables and the picture."""
+    parser = harness.parser("What averaging adds to an optimizer's step.")
+    options = parser.parse_args(argv)
+    rotations, repetitions = (1, 2) if options.quick else (3, 7)
+    tried = trees(options.quick)
+    if SAME_DEVICE:
+        # Or PyTorch would find on disk what an earlier run compiled.
+        torch.compiler.config.force_disable_caches = True
+        # Its compiler has things to set up when it is first used.
+        compile_torch(Tree("", [(1,)], calls=1))
+    compiled, timed = {}, {}
+    for tree in tqdm(tried, desc="compiling", unit="tree"):
+        made = compile_jax(tree, rotations)
+        if SAME_DEVICE and tree.torch_compiles:
+            made[COMPILED] = compile_torch(tree)
+        compiled[tree.title], timed[tree.title] = made, contestants(tree, made)
+    flat = harness.measure(
+        {
+            f"{title}: {name}": contestant
+            for title, row in timed.items()
+            for name, contestant in row.items()
+        },
+        repetitions,
+    )
+    times = {
+        title: {name: flat[f"{title}: {name}"] for name in row}
+        for title, row in timed.items()
+    }
+    text = PAGE.format(
+        jax_device=jax.devices()[0].device_kind,
+        torch_device=DEVICE if SAME_DEVICE else "another device, left out",
+        repetitions=repetitions,
+        rotations=rotations,
+        base=BASE,
+        left_out=left_out(tried, compiled),
+        sections="\n\n".join(
+            section(tree, times[tree.title], compiled[tree.title]) for tree in tried
+        ),
+    )
+    harness.report("step_cost", text, options.output)
+    draw(times, options.output / "step_cost.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,488 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training step costs, all of it: forward, backward, update and average.
+
+    python -m benchmarks.training_loop
+
+The network of examples/digits.py (64-64-10, relu, cross-entropy) learns from the same
+minibatches of 32, drawn beforehand, from the same initial weights, in float32. JAX
+takes its steps in one `jax.lax.scan` over a block of batches, and in a Python loop that
+calls a jitted step, which donates its state, once a batch; both get NumPy arrays, as a
+data loader makes them, and wait for the last result of the block alone. Torch's loop is
+the usual one and gets tensors made beforehand; it has the better number of threads of
+two, its default and one, by a short trial in the same run. Its compiled row follows
+PyTorch's recipe "Compiling the optimizer with torch.compile"; the network is left eager
+there, since compiled too it was slower. That row needs a C++ compiler; `--quick` leaves
+it out.
+
+Before anything is timed, every row of torch has to come to the weights and averages of
+its counterpart in JAX. The rows' repetitions are timed in a random order, so that what
+slows the machine down slows all of them; quoted are medians and quartiles.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+import torch
+from torch.nn.functional import cross_entropy
+from torch.optim.swa_utils import AveragedModel
+
+from asgd_optax import asgd, average_iterates, averaged_params
+from benchmarks import harness
+from examples import digits
+
+RATE = 0.1
+TOLERANCE = 1e-3  # largest difference in an array, over its largest element
+TRIAL = 20  # steps, to choose torch's threads
+BASE = "optax.sgd"
+TORCH_BASE = "torch SGD"
+TORCH_ASGD = "torch ASGD"
+
+torch_sgd = partial(torch.optim.SGD, lr=RATE)
+torch_asgd = partial(torch.optim.ASGD, lr=RATE, lambd=0.0, t0=0)
+
+Batches = Sequence[digits.Data]
+Params = dict[str, np.ndarray]
+
+
+class Sizes(NamedTuple):
+    """Steps in a block, blocks in a repetition of each form, and repetitions."""
+
+    steps: int
+    scan_calls: int
+    loop_calls: int
+    torch_calls: int
+    repetitions: int
+
+
+FULL = Sizes(steps=500, scan_calls=30, loop_calls=10, torch_calls=1, repetitions=15)
+QUICK = Sizes(steps=10, scan_calls=1, loop_calls=1, torch_calls=1, repetitions=2)
+
+
+class Recipe(NamedTuple):
+    """A training in JAX: params -> carry, and (carry, batch) -> carry.
+
+    The carry begins with the parameters and the optimizer's state.
+    """
+
+    init: Callable[[Params], Any]
+    step: Callable[[Any, digits.Data], Any]
+
+
+class Row(NamedTuple):
+    """Microseconds a step; torch has no scan."""
+
+    scan: harness.Time | None
+    loop: harness.Time
+
+
+class TorchTraining(NamedTuple):
+    """A training in torch.
+
+    Attributes:
+      counterpart: the recipe in JAX that does the same work.
+      run: trains on all the batches, from where it stands.
+      results: the weights, and their averages, empty where it keeps none.
+    """
+
+    counterpart: str
+    run: Callable[[], None]
+    results: Callable[[], tuple[Params, Params]]
+
+
+def draw_batches(steps: int) -> list[digits.Data]:
+    """The demo's minibatches; JAX takes 32-bit labels, torch makes them 64-bit."""
+    training, _, _ = digits.load_splits()
+    stream = digits.minibatches(training, size=32, noise=0.2, seed=0)
+    return [
+        batch._replace(labels=batch.labels.astype(np.int32))
+        for batch in islice(stream, steps)
+    ]
+
+
+def draw_params() -> Params:
+    """Weights for relu as He et al. draw them; biases of zero."""
+    rng = np.random.default_rng(0)
+    params = {}
+    for name, rows, columns in (
+        ("1", 64, digits.HIDDEN_UNITS),
+        ("2", digits.HIDDEN_UNITS, 10),
+    ):
+        weights = rng.normal(0, np.sqrt(2 / rows), (rows, columns))
+        params[f"w{name}"] = weights.astype(np.float32)
+        params[f"b{name}"] = np.zeros(columns, np.float32)
+    return params
+
+
+def loss(params: Params, batch: digits.Data) -> jax.Array:
+    hidden = jax.nn.relu(batch.images @ params["w1"] + params["b1"])
+    logits = hidden @ params["w2"] + params["b2"]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+    return jnp.mean(losses)
+
+
+def train_with(tx: optax.GradientTransformation) -> Recipe:
+    """The usual training step."""
+
+    def init(params: Params) -> Any:
+        # Copies, since the steps donate what they carry.
+        params = jax.tree.map(jnp.array, params)
+        return params, tx.init(params)
+
+    def step(carry: Any, batch: digits.Data) -> Any:
+        params, state = carry
+        grads = jax.grad(loss)(params, batch)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return Recipe(init, step)
+
+
+def with_ema(recipe: Recipe) -> Recipe:
+    """The same, and beside it a moving average of the parameters by hand."""
+
+    def init(params: Params) -> Any:
+        return *recipe.init(params), jax.tree.map(jnp.array, params)
+
+    def step(carry: Any, batch: digits.Data) -> Any:
+        *carry, ema = carry
+        carry = recipe.step(carry, batch)
+        return *carry, optax.incremental_update(carry[0], ema, 0.001)
+
+    return Recipe(init, step)
+
+
+def recipes() -> dict[str, Recipe]:
+    sgd = optax.sgd(RATE)
+    return {
+        BASE: train_with(sgd),
+        "optax.adam": train_with(optax.adam(1e-3)),
+        "sgd + EMA by hand": with_ema(train_with(sgd)),
+        "sgd + average_iterates": train_with(optax.chain(sgd, average_iterates())),
+        "asgd": train_with(asgd(RATE, lambd=0.0, t0=0)),
+    }
+
+
+def scanned(recipe: Recipe, batches: Batches) -> Callable[[Any], Any]:
+    """Takes a carry through all the batches in one call."""
+
+    def body(carry: Any, batch: digits.Data) -> Any:
+        return recipe.step(carry, batch), None
+
+    def advance(carry: Any, batches: digits.Data) -> Any:
+        return jax.lax.scan(body, carry, batches)[0]
+
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+    compiled = jax.jit(advance, donate_argnums=0)
+    return lambda carry: compiled(carry, stacked)
+
+
+def looped(recipe: Recipe, batches: Batches) -> Callable[[Any], Any]:
+    """Takes a carry through all the batches, a call a batch."""
+    compiled = jax.jit(recipe.step, donate_argnums=0)
+
+    def advance(carry: Any) -> Any:
+        for batch in batches:
+            carry = compiled(carry, batch)
+        return carry
+
+    return advance
+
+
+def jax_contestant(
+    init: Callable[[], Any], advance: Callable[[Any], Any], calls: int
+) -> harness.Contestant:
+    """Every repetition trains from the start."""
+
+    def setup() -> Callable[[], None]:
+        carry = init()
+
+        def run() -> None:
+            nonlocal carry
+            carry = jax.block_until_ready(advance(carry))
+
+        return run
+
+    return harness.Contestant(setup, calls)
+
+
+def torch_training(
+    counterpart: str,
+    optimizer_of: Callable[[Any], torch.optim.Optimizer],
+    params: Params,
+    batches: Batches,
+    *,
+    averaged: bool = False,
+    compiled: bool = False,
+) -> TorchTraining:
+    """The same network from the same weights, and the usual loop."""
+    tensors = [
+        (torch.from_numpy(images), torch.from_numpy(labels).long())
+        for images, labels in batches
+    ]
+    model = torch.nn.Sequential(
+        torch.nn.Linear(*params["w1"].shape),
+        torch.nn.ReLU(),
+        torch.nn.Linear(*params["w2"].shape),
+    )
+    weights = dict(zip(("w1", "b1", "w2", "b2"), model.parameters(), strict=True))
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(torch.from_numpy(params[name].T))
+    optimizer = optimizer_of(model.parameters())
+    average = AveragedModel(model) if averaged else None
+
+    step = optimizer.step
+    if compiled:
+        step = torch.compile(lambda: optimizer.step())
+
+    def run() -> None:
+        for images, labels in tensors:
+            optimizer.zero_grad()
+            cross_entropy(model(images), labels).backward()
+            step()
+            if average is not None:
+                average.update_parameters(model)
+
+    def results() -> tuple[Params, Params]:
+        if average is not None:
+            averages = dict(zip(weights, average.parameters(), strict=True))
+        else:
+            states = {name: optimizer.state[w] for name, w in weights.items()}
+            averages = {name: s["ax"] for name, s in states.items() if "ax" in s}
+        return as_params(weights), as_params(averages)
+
+    return TorchTraining(counterpart, run, results)
+
+
+def as_params(tensors: dict[str, torch.Tensor]) -> Params:
+    """In JAX's layout."""
+    return {name: tensor.detach().numpy().T for name, tensor in tensors.items()}
+
+
+def torch_trainings(
+    params: Params, batches: Batches, *, compiled: bool
+) -> dict[str, TorchTraining]:
+    def make(*what: Any, **options: bool) -> TorchTraining:
+        return torch_training(*what, params, batches, **options)
+
+    averaged = "sgd + average_iterates"
+    trainings = {
+        TORCH_BASE: make(BASE, torch_sgd),
+        f"{TORCH_BASE} + AveragedModel": make(averaged, torch_sgd, averaged=True),
+        TORCH_ASGD: make("asgd", torch_asgd),
+        f"{TORCH_ASGD}, foreach": make("asgd", partial(torch_asgd, foreach=True)),
+    }
+    if compiled:
+        trainings[f"{TORCH_ASGD}, compiled step"] = make(
+            "asgd", torch_asgd, compiled=True
+        )
+    return trainings
+
+
+def check_same_work(
+    trainings: dict[str, TorchTraining], carries: dict[str, Any]
+) -> float:
+    """Trains a block in torch; the largest difference from what JAX came to.
+
+    Raises:
+      RuntimeError: they end at other weights or averages.
+    """
+    largest = 0.0
+    for name, training in trainings.items():
+        training.run()
+        weights, averages = training.results()
+        params, state, *_ = carries[training.counterpart]
+        pairs = {"weights": (weights, params)}
+        if averages:
+            pairs["averages"] = (averages, averaged_params(state, params))
+        for kind, (found, expected) in pairs.items():
+            for leaf, wanted in expected.items():
+                difference = np.abs(found[leaf] - wanted).max() / np.abs(wanted).max()
+                if not difference <= TOLERANCE:
+                    raise RuntimeError(
+                        f"{name} is not the same work as {training.counterpart}:"
+                        f" their {kind} {leaf} differ by {difference:.1e}"
+                    )
+                largest = max(largest, float(difference))
+    return largest
+
+
+def choose_threads(params: Params, batches: Batches) -> str:
+    """Sets torch's number of threads to the faster; says what a step took."""
+    training = torch_training("asgd", torch_asgd, params, batches)
+    microseconds = {}
+    for threads in sorted({1, torch.get_num_threads()}):
+        torch.set_num_threads(threads)
+        training.run()
+        began = time.perf_counter()
+        # The mean, not the least: threads that wait for each other cost now and then.
+        for _ in range(5):
+            training.run()
+        seconds = (time.perf_counter() - began) / 5
+        microseconds[threads] = 1e6 * seconds / len(batches)
+    best = min(microseconds, key=microseconds.get)
+    torch.set_num_threads(best)
+    tried = ", ".join(f"{time:,.0f} µs with {n}" for n, time in microseconds.items())
+    return f"{best} (a step of {TORCH_ASGD} in a short trial: {tried})"
+
+
+def measure(
+    params: Params, batches: Batches, trainings: dict[str, TorchTraining], sizes: Sizes
+) -> tuple[dict[str, Row], float]:
+    """The rows, and the largest difference between torch and JAX."""
+    contestants, carries = {}, {}
+    for name, recipe in recipes().items():
+        init = partial(recipe.init, params)
+        scan, loop = scanned(recipe, batches), looped(recipe, batches)
+        carries[name] = scan(init())
+        contestants[f"scan {name}"] = jax_contestant(init, scan, sizes.scan_calls)
+        contestants[f"loop {name}"] = jax_contestant(init, loop, sizes.loop_calls)
+    for name, training in trainings.items():
+        # Goes on training: torch.compile would compile anew for new weights.
+        contestants[f"loop {name}"] = harness.Contestant(
+            lambda run=training.run: run, sizes.torch_calls
+        )
+    largest = check_same_work(trainings, carries)
+    times = {
+        name: harness.Time(*(1e6 * seconds / sizes.steps for seconds in time))
+        for name, time in harness.measure(contestants, sizes.repetitions).items()
+    }
+    rows = {
+        name: Row(times.get(f"scan {name}"), times[f"loop {name}"])
+        for name in [*carries, *trainings]
+    }
+    return rows, largest
+
+
+def format_rows(rows: dict[str, Row]) -> str:
+    """The table; every row against SGD in its own form, and against torch's ASGD."""
+
+    def spread(time: harness.Time | None) -> str:
+        if time is None:
+            return ""
+        return f"{time.median:.1f} ({time.low:.1f} to {time.high:.1f})"
+
+    def ratio(over: harness.Time | None, under: harness.Time | None) -> str:
+        if over is None or under is None:
+            return ""
+        return f"{over.median / under.median:.2f}"
+
+    lines = []
+    peer = rows[TORCH_ASGD].loop
+    for name, row in rows.items():
+        base = rows[BASE if row.scan else TORCH_BASE]
+        lines.append(
+            [
+                name,
+                spread(row.scan),
+                spread(row.loop),
+                ratio(row.scan, base.scan),
+                ratio(row.loop, base.loop),
+                ratio(peer, row.scan),
+                ratio(peer, row.loop),
+            ]
+        )
+    header = [
+        "",
+        "scan (µs)",
+        "loop (µs)",
+        "scan / SGD",
+        "loop / SGD",
+        f"{TORCH_ASGD} / scan",
+        f"{TORCH_ASGD} / loop",
+    ]
+    return harness.table(header, lines)
+
+
+def format_page(
+    rows: dict[str, Row], sizes: Sizes, threads: str, largest: float
+) -> str:
+    peers = {n: row.loop for n, row in rows.items() if n.startswith(TORCH_ASGD)}
+    fastest = min(peers, key=lambda name: peers[name].median)
+    scan, loop = (peers[fastest].median / time.median for time in rows["asgd"])
+    return f"""\
+# What a training step costs
+
+Microseconds a step, all of it: forward, backward, update and average, of a 64-64-10
+network on minibatches of 32 in float32, on the CPU. Medians (and quartiles) over
+{sizes.repetitions} repetitions of blocks of {sizes.steps} steps. *scan*: a block is one
+`jax.lax.scan`; *loop*: it is a Python loop that calls a step once a batch.
+
+{format_rows(rows)}
+
+- *SGD* is `{BASE}` for the rows of JAX, `{TORCH_BASE}` for those of torch;
+  *{TORCH_ASGD}* is `torch.optim.ASGD` in its default form, the row of that name.
+- Against the fastest of torch's forms of ASGD, *{fastest}*, `asgd` is {scan:.1f} times
+  as fast in the scan and {loop:.1f} times in the loop.
+- Threads of torch: {threads}.
+- The same work: after {sizes.steps} steps, weights and averages of torch and of JAX
+  differ by at most {largest:.0e} of the largest in the array.
+"""
+
+
+def draw(rows: dict[str, Row], output: Path) -> None:
+    """A bar for every time, from zero, with its quartiles."""
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+
+    def bars(
+        label: str, colour: str, height: float, times: dict[float, harness.Time]
+    ) -> None:
+        medians, lows, highs = np.array(list(times.values())).T
+        drawn = axes.barh(
+            list(times),
+            medians,
+            height,
+            color=colour,
+            label=label,
+            xerr=(medians - lows, highs - medians),
+            error_kw={"ecolor": "0.4", "elinewidth": 1},
+        )
+        axes.bar_label(drawn, fmt="{:.0f}", padding=3, fontsize=8)
+
+    of_jax = {n: row for n, row in enumerate(rows.values()) if row.scan}
+    of_torch = {n: row.loop for n, row in enumerate(rows.values()) if not row.scan}
+    scans = {n - 0.2: row.scan for n, row in of_jax.items()}
+    loops = {n + 0.2: row.loop for n, row in of_jax.items()}
+    bars("JAX, all steps in one scan", "#0072B2", 0.38, scans)
+    bars("JAX, a call a step", "#56B4E9", 0.38, loops)
+    bars("torch, a call a step", "#E69F00", 0.7, of_torch)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.invert_yaxis()
+    axes.set(
+        title="One training step, all of it, on the CPU",
+        xlabel="time a step (µs): median and quartiles",
+    )
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.margins(x=0.1)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper right", frameon=False)
+    figure.savefig(output, dpi=120)
+    plt.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = harness.parser("What a training step costs, in JAX and in torch.")
+    options = options.parse_args(argv)
+    jax.config.update("jax_platforms", "cpu")  # where torch's tensors are
+    sizes = QUICK if options.quick else FULL
+    params, batches = draw_params(), draw_batches(sizes.steps)
+    threads = choose_threads(params, batches[:TRIAL])
+    trainings = torch_trainings(params, batches, compiled=not options.quick)
+    rows, largest = measure(params, batches, trainings, sizes)
+    page = format_page(rows, sizes, threads, largest)
+    harness.report("training_loop", page, options.output)
+    draw(rows, options.output / "training_loop.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was tried to make a step on the CPU cheaper, and did not.
+
+    python -m benchmarks.tried
+
+One leaf: the two kernels that XLA makes of a step against a loop over blocks that stay
+in the cache, the array updated in place. 1,000 leaves: what is the least time to
+compile a step with two results a leaf, each of one product and one sum. See
+`benchmarks/README.md`.
+"""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from asgd_optax import asgd
+from benchmarks import harness
+
+ETA, MU = 1e-4, 1e-3
+SHAPE, LEAVES = (64, 64), 1000
+
+
+def step(p: jax.Array, ax: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A step of averaged SGD in its shortest form."""
+    p = p - ETA * g
+    return p, ax + MU * (p - ax)
+
+
+def by_blocks(size: int) -> Callable[..., Any]:
+    """The same, block after block."""
+
+    def looped(p: jax.Array, ax: jax.Array, g: jax.Array) -> Any:
+        def block(n: jax.Array, carry: Any) -> Any:
+            begin = (n * size,)
+            parts = [jax.lax.dynamic_slice(x, begin, (size,)) for x in (*carry, g)]
+            return tuple(
+                jax.lax.dynamic_update_slice(whole, part, begin)
+                for whole, part in zip(carry, step(*parts), strict=True)
+            )
+
+        return jax.lax.fori_loop(0, len(p) // size, block, (p, ax))
+
+    return looped
+
+
+def contestant(f: Callable[..., Any], n: int) -> harness.Contestant:
+    """A donated step of n parameters."""
+    jitted = jax.jit(f, donate_argnums=(0, 1))
+
+    def setup() -> Callable[[], None]:
+        p, ax, g = jnp.ones(n), jnp.ones(n), jnp.ones(n)
+
+        def call() -> None:
+            nonlocal p, ax
+            p, ax = jax.block_until_ready(jitted(p, ax, g))
+
+        return call
+
+    return harness.Contestant(setup, calls=2)
+
+
+def with_optax(tx: optax.GradientTransformation, params: Any) -> tuple[Any, ...]:
+    """A step of a transformation, and what it is compiled for."""
+
+    def whole(params: Any, state: Any, grads: Any) -> Any:
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return whole, params, jax.eval_shape(tx.init, params), params
+
+
+def compile_times(leaves: int, rotations: int) -> dict[str, float]:
+    """Seconds to trace and compile, the medians of some in rotation."""
+    params = leaves * [jax.ShapeDtypeStruct(SHAPE, jnp.float32)]
+
+    def bare(p: Any, ax: Any, g: Any) -> Any:
+        return jax.tree.map(lambda p, g: p - ETA * g, p, g), jax.tree.map(
+            lambda ax, g: ax - MU * g, ax, g
+        )
+
+    tried = {
+        "optax.sgd": with_optax(optax.sgd(ETA), params),
+        "two bare results": (bare, params, params, params),
+        "asgd": with_optax(asgd(ETA, t0=0), params),
+        "optax.adam": with_optax(optax.adam(ETA), params),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in tried}
+    for _ in range(rotations):
+        for name, (f, *arguments) in tried.items():
+            jax.clear_caches()
+            gc.collect()  # or it is counted in the next one's time
+            began = time.perf_counter()
+            jax.jit(f, donate_argnums=(0, 1)).lower(*arguments).compile()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints and saves both tables."""
+    options = harness.parser("What was tried to make a step cheaper.").parse_args(argv)
+    quick = options.quick
+    size, leaves, repetitions = (2**14, 10, 2) if quick else (2**25, LEAVES, 5)
+    compiled = compile_times(leaves, 1 if quick else 3)
+    blocks = {f"blocks of {size // n:,}": by_blocks(size // n) for n in (8, 32)}
+    times = harness.measure(
+        {
+            name: contestant(f, size)
+            for name, f in {"XLA's two kernels": step, **blocks}.items()
+        },
+        repetitions,
+    )
+    base = next(iter(times.values())).median
+    steps = [
+        [name, f"{1e3 * t.median:.1f}", f"{t.median / base:.1f}"]
+        for name, t in times.items()
+    ]
+    base = compiled["optax.sgd"]
+    compilations = [[n, f"{s:.2f}", f"{s / base:.1f}"] for n, s in compiled.items()]
+    harness.report(
+        "tried",
+        "# What was tried to make a step cheaper\n\n"
+        + harness.table([f"{size:,} in one leaf", "step (ms)", "ratio"], steps)
+        + "\n\n"
+        + harness.table([f"{leaves:,} leaves", "compile (s)", "ratio"], compilations)
+        + f"\n\nMedians of {repetitions} repetitions, of 3 compilations.",
+        options.output,
+    )
+
+
+if __name__ == "__main__":
+    main()
