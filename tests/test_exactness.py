@@ -9,7 +9,13 @@ import numpy as np
 import optax
 import pytest
 
-from asgd_optax import CompensatedMean, asgd, averaged_params
+from asgd_optax import (
+    CompensatedMean,
+    asgd,
+    average_iterates,
+    averaged_params,
+    track_random_scaling,
+)
 from tests.support import bits, enable_x64, train_step
 
 INT32_MAX = 2**31 - 1
@@ -178,6 +184,18 @@ def test_no_fused_multiply_add_comes_between(dtype, hps):
         tx = asgd(**{"learning_rate": 0.1, **hps})
         updates, state = jax.jit(tx.update)(g, tx.init(p), p)
         assert bits(state.ax) == bits(optax.apply_updates(p, updates))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("averaging", [average_iterates, track_random_scaling])
+def test_nor_behind_another_optimizer(averaging, dtype):
+    with enable_x64(True):
+        rng = np.random.default_rng(0)
+        p, g = (jnp.asarray(rng.standard_normal(10_000), dtype) for _ in range(2))
+        tx = optax.chain(optax.sgd(0.1), averaging())
+        updates, state = jax.jit(tx.update)(g, tx.init(p), p)
+        assert bits(updates) == bits(-0.1 * g)
+        assert bits(averaged_params(state)) == bits(optax.apply_updates(p, updates))
 
 
 @pytest.mark.parametrize("compensated", [False, True])
