@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Averaged stochastic gradient descent, `torch.optim.ASGD` step for step."""
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -180,23 +179,26 @@ def descend(
     """
     _checks.check_update(updates, params, _averaging.mean_value(ax), "state.ax")
 
-    steps = jax.tree.map(partial(_step, -eta, decay), updates, params)
+    def step_of(g: Any, p: Any) -> jax.Array:
+        return _step(-eta, decay, jnp.asarray(g), jnp.asarray(p))
+
+    steps = jax.tree.map(step_of, updates, params)
     iterates = optax.apply_updates(params, steps)
     return steps, _averaging.update_mean(ax, iterates, mu)
 
 
 @jax.jit
-def _step(minus_eta: Any, decay: Any, g: Any, p: Any) -> jax.Array:
+def _step(
+    minus_eta: jax.Array, decay: jax.Array, g: jax.Array, p: jax.Array
+) -> jax.Array:
     """-eta (g + decay p), in the dtype of g."""
 
     def f(g: jax.Array, p: jax.Array) -> jax.Array:
         return minus_eta.astype(g.dtype) * (g + decay.astype(g.dtype) * p)
 
     wide = _averaging.wide_dtype(g, p)
-    step = _averaging.on_real_parts(
-        f, jnp.asarray(g, dtype=wide), jnp.asarray(p, dtype=wide)
-    )
-    return _averaging.rounded_update(step, jnp.result_type(g))
+    step = _averaging.on_real_parts(f, g.astype(wide), p.astype(wide))
+    return _averaging.rounded_update(step, g.dtype)
 
 
 def step_size(step: jax.Array, rate: Any, lambd: Any, alpha: Any) -> jax.Array:

@@ -71,7 +71,7 @@ def round_updates(updates: Any) -> Any:
     Args:
       updates: pytree of floating or complex arrays.
     """
-    return jax.tree.map(_rounded_update, updates)
+    return jax.tree.map(lambda u: _rounded_update(jnp.asarray(u)), updates)
 
 
 def update_mean(mean: Any, iterates: Any, weight: jax.Array) -> Any:
@@ -169,9 +169,10 @@ def _compensated(
         # inputs are selected, not its outputs: on outputs XLA spends another pass.
         increment = jnp.where(w == 1, -0.0, w * ((x - v) - r) + r)
         total = rounded(jnp.where(w == 1, x, v) + increment, stored_dtype)
-        # Selected once more, not to be taken for the same, of which XLA would keep an
-        # array on the CPU. (No weight is above 1.)
-        return total, (jnp.where(w >= 1, x, v) - total) + increment
+        # Selected once more, in words that XLA does not take for the same: on the CPU
+        # it would keep an array of what two results share.
+        start = jnp.where((w >= 1) & (w <= 1), x, v)
+        return total, (start - total) + increment
 
     value, residual = jnp.asarray(value), jnp.asarray(residual)
     stored_dtype = jnp.finfo(value.dtype).dtype

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import statistics
 import sys
 import tempfile
@@ -132,6 +133,11 @@ def _silenced() -> Iterator[None]:
     finally:
         os.dup2(kept, 1)
         os.close(kept)
+
+
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler, which `torch.compile` calls on the CPU."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def parser(description: str) -> command_line.Parser:

@@ -376,6 +376,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Sweeps, times, and writes the tables and the picture."""
     parser = harness.parser("A sweep of the learning rate in one graph.")
     options = parser.parse_args(argv)
+    jax.config.update("jax_platforms", "cpu")  # where torch is
     sizes = Sizes()
     if options.quick:
         sizes = Sizes(rates=8, seeds=2, steps=40, samples=2, repetitions=1)

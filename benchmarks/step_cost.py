@@ -6,7 +6,8 @@
 One optimizer step alone: no model, float32, the same gradients every time. The trees
 are one leaf, the shapes of GPT-2 small, and 1,000 small leaves. In JAX a step is
 compiled and its parameters and state are donated. PyTorch's steps are those of its
-documentation, with ASGD compiled as well, which takes a C++ compiler.
+documentation, on its default number of threads; ASGD is compiled as well, where there
+is a C++ compiler.
 
 All steps are timed in one run in a random order (`benchmarks.harness`), and among them
 an array negated in place, which tells how fast memory is read and written. The
@@ -41,8 +42,9 @@ COMPILED = "torch ASGD, compiled"
 COPIES = ("copy in JAX", "copy in torch")
 # Few, so that a leaf of any size is soon filled with repeats of them.
 NORMALS = np.random.default_rng(0).standard_normal(4096, np.float32)
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # torch's
-SAME_DEVICE = DEVICE == "cuda" or jax.default_backend() == "cpu"
+ON_GPU = jax.default_backend() == "gpu"
+SAME_DEVICE = torch.cuda.is_available() or not ON_GPU
+DEVICE = "cuda" if ON_GPU and SAME_DEVICE else "cpu"  # torch's
 
 Call = Callable[[], Any]
 
@@ -404,7 +406,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     rotations, repetitions = (1, 2) if options.quick else (3, 7)
     tried = trees(options.quick)
-    if SAME_DEVICE:
+    torch_compiles = SAME_DEVICE and harness.has_compiler()
+    if torch_compiles:
         # Or PyTorch would find on disk what an earlier run compiled.
         torch.compiler.config.force_disable_caches = True
         # Its compiler has things to set up when it is first used.
@@ -412,7 +415,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     compiled, timed = {}, {}
     for tree in tqdm(tried, desc="compiling", unit="tree"):
         made = compile_jax(tree, rotations)
-        if SAME_DEVICE and tree.torch_compiles:
+        if torch_compiles and tree.torch_compiles:
             made[COMPILED] = compile_torch(tree)
         compiled[tree.title], timed[tree.title] = made, contestants(tree, made)
     flat = harness.measure(

@@ -11,8 +11,7 @@ data loader makes them, and wait for the last result of the block alone. Torch's
 the usual one and gets tensors made beforehand; it has the better number of threads of
 two, its default and one, by a short trial in the same run. Its compiled row follows
 PyTorch's recipe "Compiling the optimizer with torch.compile"; the network is left eager
-there, since compiled too it was slower. That row needs a C++ compiler; `--quick` leaves
-it out.
+there. It is left out by `--quick` and where there is no C++ compiler.
 
 Before anything is timed, every row of torch has to come to the weights and averages of
 its counterpart in JAX. The rows' repetitions are timed in a random order, so that what
@@ -282,9 +281,9 @@ def torch_trainings(
         f"{TORCH_ASGD}, foreach": make("asgd", partial(torch_asgd, foreach=True)),
     }
     if compiled:
-        trainings[f"{TORCH_ASGD}, compiled step"] = make(
-            "asgd", torch_asgd, compiled=True
-        )
+        # Capturable, so that the step's count stays a tensor.
+        form = partial(torch_asgd, foreach=True, capturable=True)
+        trainings[f"{TORCH_ASGD}, compiled step"] = make("asgd", form, compiled=True)
     return trainings
 
 
@@ -477,7 +476,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     sizes = QUICK if options.quick else FULL
     params, batches = draw_params(), draw_batches(sizes.steps)
     threads = choose_threads(params, batches[:TRIAL])
-    trainings = torch_trainings(params, batches, compiled=not options.quick)
+    compiled = harness.has_compiler() and not options.quick
+    trainings = torch_trainings(params, batches, compiled=compiled)
     rows, largest = measure(params, batches, trainings, sizes)
     page = format_page(rows, sizes, threads, largest)
     harness.report("training_loop", page, options.output)

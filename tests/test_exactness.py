@@ -14,6 +14,7 @@ from asgd_optax import (
     asgd,
     average_iterates,
     averaged_params,
+    running_average,
     track_random_scaling,
 )
 from tests.support import bits, enable_x64, train_step
@@ -196,6 +197,29 @@ def test_nor_behind_another_optimizer(averaging, dtype):
         updates, state = jax.jit(tx.update)(g, tx.init(p), p)
         assert bits(updates) == bits(-0.1 * g)
         assert bits(averaged_params(state)) == bits(optax.apply_updates(p, updates))
+
+
+@pytest.mark.parametrize("compensated", [False, True])
+def test_a_weight_rounded_above_one_is_a_weight(compensated):
+    """As that of an EMA written without care is at n = 1: 1 + 2**-23 at least."""
+    decay = jnp.float32(0.99)
+    tx = running_average(lambda n: (1 - 0.99) / (1 - decay**n), compensated=compensated)
+    state = tx.init(jnp.zeros(()))
+    for _ in range(4):
+        state = tx.update(state, jnp.full((), 3.0))
+        np.testing.assert_allclose(tx.value(state), 3.0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+def test_leaves_that_are_numbers(jitted):
+    """NumPy's and Python's own, with and without a jit anywhere."""
+    tx = optax.chain(average_iterates(), asgd(0.5, lambd=0.0, t0=np.inf))
+    params = {"a": 1.0, "b": np.float64(2.0), "c": np.ones(2)}
+    with jax.disable_jit(not jitted):
+        updates, state = tx.update(params, tx.init(params), params)
+    for found, of in ((updates, -0.5), (state[1].ax, 0.5), (state[0].average, 2.0)):
+        for leaf, param in zip(*map(jax.tree.leaves, (found, params)), strict=True):
+            np.testing.assert_array_equal(leaf, of * np.asarray(param))
 
 
 @pytest.mark.parametrize("compensated", [False, True])
