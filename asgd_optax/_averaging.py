@@ -71,7 +71,12 @@ def round_updates(updates: Any) -> Any:
     Args:
       updates: pytree of floating or complex arrays.
     """
-    return jax.tree.map(lambda u: _rounded_update(jnp.asarray(u)), updates)
+
+    def leaf(u: Any) -> jax.Array:
+        u = jnp.asarray(u)
+        return rounded_update(u, u.dtype)
+
+    return jax.tree.map(leaf, updates)
 
 
 def update_mean(mean: Any, iterates: Any, weight: jax.Array) -> Any:
@@ -188,11 +193,7 @@ def _widened(iterate: jax.Array, wide: Any) -> jax.Array:
     return rounded(iterate.astype(wide), iterate.dtype)
 
 
-@jax.jit
-def _rounded_update(u: jax.Array) -> jax.Array:
-    return rounded_update(u, u.dtype)
-
-
+@partial(jax.jit, static_argnums=1)
 def rounded_update(u: jax.Array, dtype: Any) -> jax.Array:
     """`u` in a narrower or equal dtype, where it is not to be rounded once more."""
     if u.dtype == dtype == wide_dtype(u):

@@ -16,12 +16,14 @@ import shutil
 import statistics
 import sys
 import tempfile
+import timeit
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import google_benchmark
+import torch
 from tqdm import tqdm
 
 from examples import command_line
@@ -52,7 +54,7 @@ class Time(NamedTuple):
 
 
 def measure(contestants: Mapping[str, Contestant], repetitions: int) -> dict[str, Time]:
-    """The contestants' times, their repetitions in a random order.
+    """The contestants' times, their two or more repetitions in a random order.
 
     To be called once a process: google-benchmark does not run twice.
 
@@ -115,8 +117,6 @@ def _timed(setup: Callable[[], Callable[[], Any]], bar: Any, errors: list) -> An
 
 
 def _quartiles(seconds: Sequence[float]) -> Time:
-    if len(seconds) == 1:
-        return Time(seconds[0], seconds[0], seconds[0])
     low, median, high = statistics.quantiles(seconds, method="inclusive")
     return Time(median, low, high)
 
@@ -133,6 +133,25 @@ def _silenced() -> Iterator[None]:
     finally:
         os.dup2(kept, 1)
         os.close(kept)
+
+
+def choose_torch_threads(trial: Callable[[], Any]) -> dict[int, float]:
+    """Sets torch's threads to its own number or to one, whichever is faster.
+
+    Args:
+      trial: what is timed with each.
+
+    Returns:
+      The seconds of a trial, by number of threads.
+    """
+    seconds = {}
+    for threads in sorted({1, torch.get_num_threads()}):
+        torch.set_num_threads(threads)
+        trial()
+        # The mean, not the least: threads that wait for each other cost now and then.
+        seconds[threads] = timeit.timeit(trial, number=5) / 5
+    torch.set_num_threads(min(seconds, key=seconds.get))
+    return seconds
 
 
 def has_compiler() -> bool:

@@ -201,18 +201,6 @@ def torch_run(
     return Accuracy(accuracy(params), accuracy(averages))
 
 
-def faster_threads(trial: Callable[[], Any]) -> int:
-    """Of one and torch's own number, the threads with which the trial is faster."""
-    seconds = {}
-    for threads in {1, torch.get_num_threads()}:
-        torch.set_num_threads(threads)
-        trial()  # warms up
-        began = time.perf_counter()
-        trial()
-        seconds[threads] = time.perf_counter() - began
-    return min(seconds, key=seconds.get)
-
-
 def in_turn(run_one: Callable[..., Any], samples: Any) -> harness.Contestant:
     """The sampled runs, a run a call."""
 
@@ -379,7 +367,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     jax.config.update("jax_platforms", "cpu")  # where torch is
     sizes = Sizes()
     if options.quick:
-        sizes = Sizes(rates=8, seeds=2, steps=40, samples=2, repetitions=1)
+        sizes = Sizes(rates=8, seeds=2, steps=40, samples=2, repetitions=2)
     training, _, test = load_splits()
     rates = np.geomspace(*RATES, sizes.rates, dtype=np.float32)
     seeds = np.arange(sizes.seeds)
@@ -405,8 +393,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     which = np.arange(sizes.samples), picked
     cores = torch.get_num_threads()
     trial = partial(torch_run, 100, training, test, *samples[0], foreach=False)
-    threads = faster_threads(trial)
-    torch.set_num_threads(threads)
+    harness.choose_torch_threads(trial)
     ours = results.last[which], results.average[*which, HALF]
     theirs = [torch_half(seed, rate, foreach=False) for seed, rate in samples]
 
@@ -432,7 +419,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         all_compile=all_compile,
         half_compile=half_compile,
         run_compile=run_compile,
-        threads=threads,
+        threads=torch.get_num_threads(),
         cores=cores,
         near=100 * NEAR,
         failed=100 * FAILED,

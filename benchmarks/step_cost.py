@@ -189,13 +189,15 @@ def normals(tree: Tree) -> Iterator[np.ndarray]:
     return (np.resize(NORMALS, shape) for shape in tree.shapes)
 
 
-def compile_jax(tree: Tree, rotations: int) -> dict[str, Compiled]:
+def compile_jax(
+    methods: Mapping[str, Method], tree: Tree, rotations: int
+) -> dict[str, Compiled]:
     """All steps compiled for a tree so many times, in rotation, no cache kept."""
     params = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in tree.shapes]
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in IN_JAX}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in methods}
     steps = {}
     for _ in range(rotations):
-        for name, method in IN_JAX.items():
+        for name, method in methods.items():
             state = jax.eval_shape(method.init, params)
             jax.clear_caches()
             gc.collect()  # or it is counted in the next one's time
@@ -414,7 +416,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         compile_torch(Tree("", [(1,)], calls=1))
     compiled, timed = {}, {}
     for tree in tqdm(tried, desc="compiling", unit="tree"):
-        made = compile_jax(tree, rotations)
+        made = compile_jax(IN_JAX, tree, rotations)
         if torch_compiles and tree.torch_compiles:
             made[COMPILED] = compile_torch(tree)
         compiled[tree.title], timed[tree.title] = made, contestants(tree, made)

@@ -18,7 +18,6 @@ its counterpart in JAX. The rows' repetitions are timed in a random order, so th
 slows the machine down slows all of them; quoted are medians and quartiles.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
@@ -318,19 +317,11 @@ def check_same_work(
 def choose_threads(params: Params, batches: Batches) -> str:
     """Sets torch's number of threads to the faster; says what a step took."""
     training = torch_training("asgd", torch_asgd, params, batches)
-    microseconds = {}
-    for threads in sorted({1, torch.get_num_threads()}):
-        torch.set_num_threads(threads)
-        training.run()
-        began = time.perf_counter()
-        # The mean, not the least: threads that wait for each other cost now and then.
-        for _ in range(5):
-            training.run()
-        seconds = (time.perf_counter() - began) / 5
-        microseconds[threads] = 1e6 * seconds / len(batches)
-    best = min(microseconds, key=microseconds.get)
-    torch.set_num_threads(best)
-    tried = ", ".join(f"{time:,.0f} µs with {n}" for n, time in microseconds.items())
+    seconds = harness.choose_torch_threads(training.run)
+    tried = ", ".join(
+        f"{1e6 * time / len(batches):,.0f} µs with {n}" for n, time in seconds.items()
+    )
+    best = torch.get_num_threads()
     return f"{best} (a step of {TORCH_ASGD} in a short trial: {tried})"
 
 

@@ -9,21 +9,16 @@ compile a step with two results a leaf, each of one product and one difference. 
 `benchmarks/README.md`.
 """
 
-import gc
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from asgd_optax import asgd
 from benchmarks import harness
+from benchmarks.step_cost import BASE, IN_JAX, Method, compile_jax, trees
 
 ETA, MU = 1e-4, 1e-3
-SHAPE, LEAVES = (64, 64), 1000
 
 
 def step(p: jax.Array, ax: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -65,49 +60,29 @@ def contestant(f: Callable[..., Any], n: int) -> harness.Contestant:
     return harness.Contestant(setup, calls=2)
 
 
-def with_optax(tx: optax.GradientTransformation, params: Any) -> tuple[Any, ...]:
-    """A step of a transformation, and what it is compiled for."""
-
-    def whole(params: Any, state: Any, grads: Any) -> Any:
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return whole, params, jax.eval_shape(tx.init, params), params
+def bare(p: Any, ax: Any, g: Any) -> tuple[Any, Any]:
+    """Two results a leaf that are no average: one product and one difference each."""
+    p = jax.tree.map(lambda p, g: p - ETA * g, p, g)
+    return p, jax.tree.map(lambda ax, g: ax - MU * g, ax, g)
 
 
-def compile_times(leaves: int, rotations: int) -> dict[str, float]:
-    """Seconds to trace and compile, the medians of some in rotation."""
-    params = leaves * [jax.ShapeDtypeStruct(SHAPE, jnp.float32)]
-
-    def bare(p: Any, ax: Any, g: Any) -> Any:
-        return jax.tree.map(lambda p, g: p - ETA * g, p, g), jax.tree.map(
-            lambda ax, g: ax - MU * g, ax, g
-        )
-
-    tried = {
-        "optax.sgd": with_optax(optax.sgd(ETA), params),
-        "two bare results": (bare, params, params, params),
-        "asgd": with_optax(asgd(ETA, t0=0), params),
-        "optax.adam": with_optax(optax.adam(ETA), params),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in tried}
-    for _ in range(rotations):
-        for name, (f, *arguments) in tried.items():
-            jax.clear_caches()
-            gc.collect()  # or it is counted in the next one's time
-            began = time.perf_counter()
-            jax.jit(f, donate_argnums=(0, 1)).lower(*arguments).compile()
-            seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+METHODS = {
+    BASE: IN_JAX[BASE],
+    "two bare results": Method(init=lambda params: params, step=bare),
+    "asgd": IN_JAX["asgd"],
+    "optax.adam": IN_JAX["optax.adam"],
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints and saves both tables."""
     options = harness.parser("What was tried to make a step cheaper.").parse_args(argv)
-    size, leaves, repetitions, rotations = 2**25, LEAVES, 5, 3
-    if options.quick:
-        size, leaves, repetitions, rotations = 2**14, 10, 2, 1
-    compiled = compile_times(leaves, rotations)
+    size, repetitions, rotations = (2**14, 2, 1) if options.quick else (2**25, 5, 3)
+    tree = trees(options.quick)[-1]
+    compiled = {
+        name: sum(made.seconds)
+        for name, made in compile_jax(METHODS, tree, rotations).items()
+    }
     blocks = {f"blocks of {size // n:,}": by_blocks(size // n) for n in (8, 32)}
     times = harness.measure(
         {
@@ -121,14 +96,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         [name, f"{1e3 * t.median:.1f}", f"{t.median / base:.1f}"]
         for name, t in times.items()
     ]
-    base = compiled["optax.sgd"]
+    base = compiled[BASE]
     compilations = [[n, f"{s:.2f}", f"{s / base:.1f}"] for n, s in compiled.items()]
     harness.report(
         "tried",
         "# What was tried to make a step cheaper\n\n"
         + harness.table([f"{size:,} in one leaf", "step (ms)", "ratio"], steps)
         + "\n\n"
-        + harness.table([f"{leaves:,} leaves", "compile (s)", "ratio"], compilations)
+        + harness.table([tree.title, "compile (s)", "ratio"], compilations)
         + f"\n\nMedians of {repetitions} repetitions, of {rotations} compilations.",
         options.output,
     )
