@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The way out: the average, wherever it stands in an optimizer's state."""
+"""The accessor: the average, wherever it stands in an optimizer's state."""
 
+import collections
+import functools
+from collections.abc import Iterable
+from itertools import starmap, takewhile
 from typing import Any, NamedTuple
 
 import jax
@@ -26,8 +30,6 @@ _MEAN_FIELDS = {
 # The key under which a variable of Flax NNX holds its array.
 _BOXED = jax.tree_util.GetAttrKey("value")
 
-_MISSING = object()
-
 
 def averaged_params(opt_state: Any, params: Any = None) -> Any:
     """The averaged parameters kept somewhere in `opt_state`.
@@ -39,23 +41,30 @@ def averaged_params(opt_state: Any, params: Any = None) -> Any:
     the current iterate.
 
     Pure, and at home under `jax.jit`. Outside of it the result may hold the very
-    buffers of `opt_state`: do not donate the one and go on using the other (copy
-    with `jax.tree.map(jnp.copy, ...)` before a donating step).
+    buffers of `opt_state`, and of `params` where a leaf is taken from them: do not
+    donate the one and go on using the other (copy with `jax.tree.map(jnp.copy, ...)`
+    before a donating step).
 
     Args:
-      opt_state: an optimizer's state, or any pytree that contains one.
+      opt_state: an optimizer's state, or any pytree that contains one, with its types:
+        not `nnx.state(optimizer)`, and no checkpoint restored without a target.
       params: the current parameters. With them the result has their tree type and
-        dtypes, and a leaf that nothing averages is taken from them.
+        dtypes, and a leaf that nothing averages is taken from them, whatever it is:
+        one that is masked away, or one where the average has `None`, as
+        `equinox.filter` and `equinox.partition` leave in the place of a function.
 
     Returns:
       A pytree shaped as the parameters. Without `params` it has the structure and
-      the dtypes of the state: float32 for 16-bit parameters.
+      the dtypes of the state, float32 for 16-bit parameters, and `None` where the
+      average has it.
 
     Raises:
       ValueError: no averaging state; two that average the same leaf (pass the
         sub-state wanted, such as `opt_state[2]`); a leaf that nothing averages,
         without `params`; an average whose structure or shape is not that of
         `params`. Leaves are named by their path.
+      TypeError: an average for a leaf of `params` that is not floating or complex, or
+        a complex one for a real leaf.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -75,109 +84,173 @@ def averaged_params(opt_state: Any, params: Any = None) -> Any:
         raise ValueError(
             "opt_state holds no averaging state: is asgd, nt_asgd, average_iterates or"
             " track_random_scaling part of the optimizer, and is this the state its"
-            " `init` or `update` returned?"
+            " `init` or `update` returned? Of an nnx.Optimizer pass"
+            " `optimizer.opt_state` (nnx.state(optimizer) has lost the types); a"
+            " checkpoint is to be restored with a target, such as `tx.init(params)`"
         )
-    means = [
-        _Mean(
-            path,
-            mean_value(getattr(node, _MEAN_FIELDS[type(node)])),
-            type(node) is RandomScalingState,
-        )
-        for path, node in states
-    ]
-    return _merge((), means, _MISSING if params is None else params)
+    # What serves only where there is no other stands last.
+    means = sorted(starmap(_mean_of, states), key=lambda mean: mean.fallback)
+    chosen = [mean for mean in means if not mean.fallback] or means
+    others = means[len(chosen) :]
+
+    if params is None:
+        tree = functools.reduce(_graft, (mean.tree for mean in (*chosen, *others)))
+        pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, _is_masked)
+    else:
+        pairs, treedef = jax.tree_util.tree_flatten_with_path(params)
+    leaves = dict(zip(_numbered(path for path, _ in pairs), pairs, strict=True))
+    for mean in chosen:
+        if misfit := _misfit(mean, leaves):
+            raise ValueError(misfit)
+    others = [mean for mean in others if not _misfit(mean, leaves)]
+
+    def leaf(key: _Key, path: Any, param: Any) -> Any:
+        for candidates in (chosen, others):
+            found = [mean for mean in candidates if key in mean.leaves]
+            if len(found) > 1:
+                raise ValueError(_twice(_name(path), found))
+            if found:
+                average = found[0].leaves[key]
+                return average if params is None else _cast(average, param, path)
+        if params is None:
+            raise ValueError(
+                f"nothing averages {_name(path)}: pass `params` to fill it in"
+            )
+        return param
+
+    return treedef.unflatten(leaf(key, *pair) for key, pair in leaves.items())
+
+
+# A leaf's path, and its number among the leaves of that path: a custom node may give
+# two children one key.
+_Key = tuple[Any, int]
 
 
 class _Mean(NamedTuple):
-    """An average, or a part of one.
+    """An average, flat: what a mean and `params` have in common is paths.
+
+    Their nodes may differ in type (NNX keeps states of variables, of optimizer
+    variables and of plain arrays), and masks may be prefix trees, so that one mean
+    ends where another has a subtree.
 
     Attributes:
       where: path of its state.
-      tree: the part of it that is to be merged.
-      stands_back: whether it serves only where there is no other.
+      fallback: whether it serves only where there is no other.
+      tree: the average as it stands there.
+      leaves: its arrays.
+      ends: paths at which it is masked, or `None`.
     """
 
     where: Any
+    fallback: bool
     tree: Any
-    stands_back: bool
+    leaves: dict[_Key, Any]
+    ends: set[Any]
 
 
-def _merge(at: tuple[Any, ...], means: list[_Mean], params: Any) -> Any:
-    """One tree of several: at each leaf the mean that is not masked there.
-
-    Level by level and by keys, for two reasons: masks may be prefix trees, so one
-    mean ends in a `MaskedNode` where another has a subtree; and the node types of
-    a mean and of `params` may differ (NNX keeps states of variables, of optimizer
-    variables and of plain arrays).
-    """
-    means = [mean for mean in means if not isinstance(mean.tree, optax.MaskedNode)]
-    name = jax.tree_util.keystr(at) or "the parameters"
-    if not means:
-        if params is _MISSING:
-            raise ValueError(f"nothing averages {name}: pass `params` to fill it in")
-        return params
-    children, treedef = _one_level(means[0].tree if params is _MISSING else params)
-    if children is None:
-        return _merge_leaf(name, means, params)
-    levels = []
-    for mean in means:
-        level, _ = _one_level(mean.tree)
-        if level is None and list(children) == [_BOXED]:
-            level = {_BOXED: mean.tree}
-        if level is None or level.keys() != children.keys():
-            if mean.stands_back and not all(m.stands_back for m in means):
-                continue
-            raise ValueError(_misfit(name, mean.tree, level, children))
-        levels.append((mean, level))
-    merged = [
-        _merge(
-            (*at, key),
-            [mean._replace(tree=level[key]) for mean, level in levels],
-            _MISSING if params is _MISSING else child,
-        )
-        for key, child in children.items()
-    ]
-    return jax.tree.unflatten(treedef, merged)
-
-
-def _misfit(name: str, mean: Any, level: Any, children: Any) -> str:
-    """Says how a mean departs from the structure it should have, at one level."""
-    prefix = f"the average and the parameters differ in structure at {name}: "
-    if level is None:
-        return prefix + f"the average is a {type(mean).__name__}"
-    lacking = [jax.tree_util.keystr((key,)) for key in children.keys() - level.keys()]
-    besides = [jax.tree_util.keystr((key,)) for key in level.keys() - children.keys()]
-    return prefix + f"the average lacks {lacking} and has {besides} besides"
-
-
-def _merge_leaf(name: str, means: list[_Mean], params: Any) -> Any:
-    """The one mean of a leaf, in the dtype of its parameter where that is known."""
-    means = [mean for mean in means if not mean.stands_back] or means
-    if len(means) > 1:
-        places = [f"opt_state{jax.tree_util.keystr(mean.where)}" for mean in means]
-        raise ValueError(
-            f"{' and '.join(places)} both average {name}: pass the sub-state wanted, as"
-            f" in averaged_params({places[-1]}, params); optax.named_chain names them"
-        )
-    mean = means[0].tree
-    if params is _MISSING:
-        return mean
-    children, _ = _one_level(mean)
-    if children is not None and list(children) == [_BOXED]:
-        mean = children[_BOXED]
-    if np.shape(mean) != np.shape(params):
-        raise ValueError(
-            f"the average of {name} has shape {np.shape(mean)}, the parameter"
-            f" {np.shape(params)}"
-        )
-    return jnp.asarray(mean, dtype=jnp.result_type(params))
-
-
-def _one_level(node: Any) -> tuple[dict[Any, Any] | None, Any]:
-    """The children of `node` by key, None for a leaf, and how to put them together."""
-    pairs, treedef = jax.tree_util.tree_flatten_with_path(
-        node, is_leaf=lambda n: n is not node
+def _mean_of(where: Any, state: Any) -> _Mean:
+    tree = mean_value(getattr(state, _MEAN_FIELDS[type(state)]))
+    pairs, _ = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda node: node is None or _is_masked(node)
     )
-    if any(path == () for path, _ in pairs):
-        return None, treedef
-    return {path[0]: child for path, child in pairs}, treedef
+    leaves, ends = {}, set()
+    for key, (_, leaf) in zip(_numbered(p for p, _ in pairs), pairs, strict=True):
+        if leaf is None or _is_masked(leaf):
+            ends.add(key[0])
+        else:
+            leaves[key] = leaf
+    return _Mean(where, type(state) is RandomScalingState, tree, leaves, ends)
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def _numbered(paths: Iterable[Any]) -> Iterable[_Key]:
+    """A key for each of the paths of a tree's leaves, in their order."""
+    seen: collections.Counter[Any] = collections.Counter()
+    for path in paths:
+        if path and path[-1] == _BOXED:
+            path = path[:-1]
+        yield path, seen[path]
+        seen[path] += 1
+
+
+def _graft(tree: Any, other: Any) -> Any:
+    """`tree`, and where it is masked what `other` has there."""
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_masked)
+    levels: dict[Any, dict[Any, Any]] = {}
+
+    def subtree(path: Any) -> Any:
+        node = other
+        for depth, key in enumerate(path):
+            if (above := path[:depth]) not in levels:
+                children, _ = jax.tree_util.tree_flatten_with_path(
+                    node, is_leaf=lambda n, node=node: n is not node
+                )
+                levels[above] = {p[0]: child for p, child in children if p}
+            node = levels[above].get(key, optax.MaskedNode())
+        return node
+
+    return treedef.unflatten(
+        subtree(path) if _is_masked(leaf) else leaf for path, leaf in pairs
+    )
+
+
+def _misfit(mean: _Mean, leaves: dict[_Key, Any]) -> str:
+    """Says how a mean departs from the leaves it should have; empty if it does not."""
+
+    def ends(path: Any) -> bool:
+        return any(path[:n] in mean.ends for n in range(len(path) + 1))
+
+    lacking = [
+        path
+        for path, n in leaves
+        if (path, n) not in mean.leaves and not (mean.ends and ends(path))
+    ]
+    besides = [path for path, n in mean.leaves if (path, n) not in leaves]
+    if not lacking and not besides:
+        return ""
+    # The first node at which they part.
+    at: Any = (lacking or besides)[0]
+    if lacking and besides:
+        shared = (a == b for a, b in zip(lacking[0], besides[0], strict=False))
+        at = at[: sum(takewhile(bool, shared))]
+    return (
+        f"the average and the parameters differ in structure at {_name(at)}: the"
+        f" average lacks {_listed(lacking)} and has {_listed(besides)} besides"
+    )
+
+
+def _listed(paths: list[Any]) -> list[str]:
+    """The first of these paths, for a message."""
+    names = [_name(path) for path in paths[:3]]
+    return names if len(paths) <= 3 else [*names, f"{len(paths) - 3} more"]
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path) or "the parameters"
+
+
+def _twice(name: str, means: list[_Mean]) -> str:
+    places = [f"opt_state{jax.tree_util.keystr(mean.where)}" for mean in means]
+    return (
+        f"{' and '.join(places)} both average {name}: pass the sub-state wanted, as"
+        f" in averaged_params({places[-1]}, params); optax.named_chain names them"
+    )
+
+
+def _cast(average: Any, param: Any, path: Any) -> jax.Array:
+    """The average of a leaf, in the dtype of its parameter."""
+    if np.shape(average) != np.shape(param):
+        raise ValueError(
+            f"the average of {_name(path)} has shape {np.shape(average)}, the parameter"
+            f" {np.shape(param)}"
+        )
+    dtype, own = jnp.result_type(param), jnp.result_type(average)
+    if not jnp.issubdtype(dtype, jnp.inexact) or (
+        jnp.issubdtype(own, jnp.complexfloating)
+        and not jnp.issubdtype(dtype, jnp.complexfloating)
+    ):
+        raise TypeError(f"the average of {_name(path)} is {own}, the parameter {dtype}")
+    return jnp.asarray(average, dtype=dtype)

@@ -13,6 +13,7 @@ from asgd_optax import (
     asgd,
     average_iterates,
     averaged_params,
+    track_random_scaling,
 )
 from tests.support import bits, random_tree, train_step
 
@@ -121,13 +122,174 @@ def test_a_leaf_that_nothing_averages():
         ({"w": jnp.ones(3), "b": jnp.ones(1)}, "differ in structure"),
         ({"v": jnp.ones(3)}, "lacks .*'v'.* and has .*'w'.* besides"),
         ({"w": {"x": jnp.ones(3)}}, r"differ in structure at \['w'\]"),
-        (jnp.ones(3), "the average of the parameters has shape"),
+        (jnp.ones(3), "differ in structure at the parameters: .* has .*'w'.* besides"),
     ],
 )
 def test_params_that_do_not_fit(params, message):
     state = asgd().init({"w": jnp.ones(3)})
     with pytest.raises(ValueError, match=message):
         averaged_params(state, params)
+
+
+@pytest.mark.parametrize(
+    ("params", "average", "error", "message"),
+    [
+        ({"b": jnp.zeros((2, 3))}, {"b": (jnp.ones(3),) * 2}, ValueError, "structure"),
+        ({"b": (jnp.ones(3),) * 2}, {"b": jnp.zeros((2, 3))}, ValueError, "structure"),
+        (True, jnp.ones(()), TypeError, "the parameters is float32, .* bool"),
+        ({"b": jnp.ones(3, int)}, {"b": jnp.ones(3)}, TypeError, r"\['b'\] .* int32"),
+        (
+            {"b": jnp.ones(3)},
+            {"b": jnp.ones(3, complex)},
+            TypeError,
+            r"\['b'\] is complex64, the parameter float32",
+        ),
+        ({"b": jnp.ones(3)}, {"b": None, "c": jnp.ones(3)}, ValueError, "structure"),
+    ],
+)
+def test_an_average_of_something_else(params, average, error, message):
+    with pytest.raises(error, match=message):
+        averaged_params(asgd().init(average), params)
+
+
+def test_many_misfits_make_a_short_message():
+    state = asgd().init({f"w{i}": jnp.ones(1) for i in range(100)})
+    with pytest.raises(ValueError, match=r"lacks .*97 more.* and has") as raised:
+        averaged_params(state, {f"v{i}": jnp.ones(1) for i in range(100)})
+    assert len(str(raised.value)) < 500
+
+
+def test_none_in_the_average_is_taken_from_params():
+    """As `equinox.filter` leaves it where a leaf is static."""
+    trained_part = {"w": jnp.ones(3, jnp.bfloat16), "f": None, "p": None, "n": None}
+    whole = trained_part | {"f": jax.nn.relu, "p": 0.5, "n": 7}
+    p, state = trained(asgd(0.1, t0=0), trained_part)
+    average = averaged_params(state, whole | {"w": p["w"]})
+    assert bits(average["w"]) == bits(state.ax["w"].astype(jnp.bfloat16))
+    assert average["f"] is jax.nn.relu
+    assert type(average["p"]) is float
+    assert average["p"] == 0.5
+    assert type(average["n"]) is int
+    assert averaged_params(state) == state.ax
+
+
+def test_none_where_params_have_a_subtree():
+    state = asgd().init({"w": jnp.ones(3), "static": None})
+    params = {"w": jnp.zeros(3), "static": {"a": 1, "b": ["text", None]}}
+    average = averaged_params(state, params)
+    assert average["static"] == params["static"]
+    assert bits(average["w"]) == bits(jnp.ones(3))
+
+
+class Pair:
+    """A node that gives both of its children one key."""
+
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+
+jax.tree_util.register_pytree_with_keys(
+    Pair,
+    lambda pair: ([(jax.tree_util.DictKey("k"), c) for c in (pair.x, pair.y)], None),
+    lambda _, children: Pair(*children),
+)
+
+
+def test_children_of_one_key():
+    params = {"pair": Pair(jnp.ones(3), jnp.zeros(2)), "w": jnp.ones(())}
+    p, state = trained(asgd(0.1, t0=0), params)
+    for average in (averaged_params(state), averaged_params(state, p)):
+        assert isinstance(average["pair"], Pair)
+        assert bits(average) == bits(state.ax)
+    masked = optax.masked(asgd(0.1, t0=0), {"pair": Pair(True, False), "w": True})
+    p, state = trained(masked, params)
+    average = averaged_params(state, p)
+    assert bits(average["pair"].x) == bits(state.inner_state.ax["pair"].x)
+    assert bits(average["pair"].y) == bits(p["pair"].y)
+
+
+@pytest.mark.parametrize("tx", [asgd(), optax.masked(asgd(), True)])
+def test_a_tree_as_deep_as_jax_takes(tx):
+    params = jnp.ones(())
+    for _ in range(600):
+        params = {"a": params, "b": None}
+    state = tx.init(params)
+    for average in (averaged_params(state), averaged_params(state, params)):
+        assert bits(average) == bits(params)
+        assert jax.tree.structure(average) == jax.tree.structure(params)
+
+
+def test_groups_at_different_depths_merge():
+    """Prefix masks: one group ends where another has a subtree with gaps of its own."""
+    params = {"a": {"x": jnp.ones(1), "y": jnp.ones(2)}, "b": jnp.ones(3)}
+    labels = {"a": {"x": "one", "y": "two"}, "b": "three"}
+    tx = optax.partition({label: asgd() for label in ("one", "two", "three")}, labels)
+    state = tx.init(params)
+    for average in (averaged_params(state), averaged_params(state, params)):
+        assert bits(average) == bits(params)
+        assert jax.tree.structure(average) == jax.tree.structure(params)
+
+
+def test_a_fallback_of_another_structure_is_passed_over():
+    params = {"w": jnp.ones(3), "b": jnp.ones(2)}
+    flat = optax.flatten(track_random_scaling())
+    tx = optax.chain(optax.masked(asgd(), {"w": True, "b": False}), flat)
+    state = tx.init(params)
+    assert bits(averaged_params(state, params)) == bits(params)
+    with pytest.raises(ValueError, match=r"nothing averages \['b'\]"):
+        averaged_params(state)
+    with pytest.raises(ValueError, match="differ in structure"):
+        averaged_params(state[1], params)
+
+
+def test_a_fallback_fills_what_is_masked():
+    params = {"w": jnp.ones(3), "b": jnp.ones(2)}
+    first = optax.masked(asgd(), {"w": True, "b": False})
+    state = optax.chain(first, track_random_scaling()).init(params)
+    for average in (averaged_params(state), averaged_params(state, params)):
+        assert bits(average) == bits(params)
+
+
+def test_a_state_that_has_lost_its_types():
+    state = optax.chain(asgd()).init(jnp.ones(3))
+    with pytest.raises(ValueError, match=r"`optimizer.opt_state`.*with a target"):
+        averaged_params((state[0]._asdict(),))
+
+
+@pytest.mark.flax
+def test_equinox():
+    import equinox as eqx
+
+    class Model(eqx.Module):
+        layers: list
+        drop: eqx.nn.Dropout
+
+        def __init__(self, key):
+            self.layers = [eqx.nn.MLP(2, 1, 3, 1, key=key), jax.nn.relu]
+            self.drop = eqx.nn.Dropout(0.5)
+
+    model = Model(jax.random.key(0))
+    trained_part, static = eqx.partition(model, eqx.is_inexact_array)
+    p, state = trained(optax.chain(asgd(0.1, t0=0)), trained_part)
+    average = averaged_params(state, eqx.combine(p, static))
+    assert jax.tree.structure(average) == jax.tree.structure(model)
+    assert average.drop.p == 0.5
+    assert average.layers[1] is jax.nn.relu
+    averaged_part, static_part = eqx.partition(average, eqx.is_inexact_array)
+    assert bits(averaged_part) == bits(state[0].ax)
+    assert bits(averaged_part) != bits(p)
+    assert jax.tree.leaves(static_part) == jax.tree.leaves(static)
+    assert bits(averaged_params(state)) == bits(averaged_part)
+
+
+@pytest.mark.flax
+def test_the_state_of_an_nnx_optimizer_has_lost_its_types():
+    from flax import nnx
+
+    model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, asgd(), wrt=nnx.Param)
+    with pytest.raises(ValueError, match="pass `optimizer.opt_state`"):
+        averaged_params(nnx.state(optimizer))
 
 
 @pytest.mark.flax
