@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Averaged weights in Flax: the statistics of BatchNorm that belong to them.
+"""Averaged weights in Flax: a model of them, and its BatchNorm's statistics.
 
 Not imported by `asgd_optax`, which does without Flax.
 """
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,64 @@ import numpy as np
 from flax import core, linen, nnx
 
 from asgd_optax import _averaging, _checks
+from asgd_optax._accessor import averaged_params
 
 # The statistics of each BatchNorm by its path: its mean and its variance.
 _Statistics = dict[tuple[Any, ...], tuple[jax.Array, jax.Array]]
 
+_M = TypeVar("_M", bound=nnx.Module)
+
 _update_mean = jax.jit(_averaging.update_mean)
 _passes = itertools.count()
+
+
+def averaged_model(model: _M, optimizer: Any, *, wrt: Any = None) -> _M:
+    """A new model with the averaged parameters; `model` stays as it is, to train on.
+
+    Everything in it is a copy, also what the two would have in common (BatchNorm's
+    statistics, the state of `Rngs`): either may be donated, changed or deleted without
+    the other. Before averaging has begun its parameters are those of `model`.
+
+    Batch normalisation's running statistics are those of the iterates: see
+    `update_batch_stats`.
+
+    Args:
+      model: an `nnx.Module`.
+      optimizer: the `nnx.Optimizer` that trains it, or an optimizer's state with an
+        average in it, wherever `averaged_params` finds it.
+      wrt: a filter for the variables that are optimized. By default the optimizer's
+        own; `nnx.Param` for a bare state.
+
+    Returns:
+      A module of the type of `model`, its arrays in the shapes and dtypes they have
+      there. A parameter that nothing averages is a copy of that of `model`.
+
+    Raises:
+      TypeError: a `model` that is no `nnx.Module`.
+      ValueError: what `averaged_params` refuses.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> from flax import nnx
+      >>> from asgd_optax import average_iterates
+      >>> from asgd_optax.flax import averaged_model
+      >>> model = nnx.Linear(1, 1, use_bias=False, rngs=nnx.Rngs(0))
+      >>> model.kernel[...] = jnp.full((1, 1), 8.0)
+      >>> tx = optax.chain(optax.sgd(0.5), average_iterates())
+      >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+      >>> for _ in range(2):  # iterates 4 and 2
+      ...     _ = optimizer.update(model, nnx.state(model, nnx.Param))
+      >>> print(averaged_model(model, optimizer)(jnp.ones(1)), model(jnp.ones(1)))
+      [3.] [2.]
+    """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"model must be an nnx.Module; got a {type(model).__name__}")
+    state, own = optimizer, nnx.Param
+    if isinstance(optimizer, nnx.Optimizer):
+        state, own = optimizer.opt_state, optimizer.wrt
+    graph, optimized, rest = nnx.split(model, own if wrt is None else wrt, ...)
+    average = averaged_params(state, optimized)
+    return nnx.merge(graph, *jax.tree.map(jnp.copy, (average, rest)))
 
 
 @overload

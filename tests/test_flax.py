@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`update_batch_stats` against plain float64 NumPy, with Flax NNX and Linen."""
+"""`update_batch_stats` against plain float64 NumPy, and `averaged_model`."""
 
 import subprocess
 import sys
@@ -12,7 +12,8 @@ import pytest
 from flax import core, linen, nnx
 
 import asgd_optax
-from asgd_optax.flax import update_batch_stats
+from asgd_optax import asgd, average_iterates, averaged_params
+from asgd_optax.flax import averaged_model, update_batch_stats
 
 pytestmark = pytest.mark.flax
 
@@ -468,3 +469,115 @@ def test_the_package_itself_does_without_flax():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout == "[]\n"
+
+
+@nnx.jit
+def train_nnx(model, optimizer, x):
+    def loss(model):
+        return jnp.mean((model(x, use_running_average=False) - 1.0) ** 2)
+
+    optimizer.update(
+        model, nnx.grad(loss, argnums=nnx.DiffState(0, optimizer.wrt))(model)
+    )
+
+
+def trained_nnx(wrt=nnx.Param, tx=None, dtype=jnp.float32):
+    model = NNXNet(param_dtype=dtype)
+    tx = tx or optax.chain(optax.adam(0.1), average_iterates())
+    optimizer = nnx.Optimizer(model, tx, wrt=wrt)
+    for batch in make_batches():
+        train_nnx(model, optimizer, batch)
+    return model, optimizer
+
+
+def arrays_of(*modules):
+    return [
+        jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+        for x in jax.tree.leaves([nnx.state(module) for module in modules])
+    ]
+
+
+def bits_of(*modules):
+    return [np.asarray(x).tobytes() for x in arrays_of(*modules)]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_averaged_model_has_the_average_and_shares_nothing(compiled):
+    model, optimizer = trained_nnx()
+    before = bits_of(model, optimizer)
+    make = nnx.jit(averaged_model) if compiled else averaged_model
+    averaged = make(model, optimizer)
+    assert type(averaged) is NNXNet
+    params = nnx.state(model, nnx.Param)
+    expected = averaged_params(optimizer.opt_state, params)
+    found = nnx.state(averaged, nnx.Param)
+    assert jax.tree.structure(found) == jax.tree.structure(params)
+    np.testing.assert_array_equal(
+        *(
+            np.concatenate([x.ravel() for x in jax.tree.leaves(t)])
+            for t in (found, expected)
+        )
+    )
+    assert bits_of(averaged) != bits_of(model)
+    pointers = {x.unsafe_buffer_pointer() for x in arrays_of(averaged)}
+    assert not pointers & {
+        x.unsafe_buffer_pointer() for x in arrays_of(model, optimizer)
+    }
+    # Whatever becomes of it, training goes on from where it was.
+    update_batch_stats(averaged, make_batches())
+    for x in jax.tree.leaves(nnx.state(averaged)):
+        x.delete()
+    assert bits_of(model, optimizer) == before
+    train_nnx(model, optimizer, make_batches()[0])
+
+
+def test_averaged_model_outlives_a_donated_step():
+    model, optimizer = trained_nnx()
+    averaged = averaged_model(model, optimizer)
+    expected = bits_of(averaged)
+    for x in jax.tree.leaves((nnx.state(model), nnx.state(optimizer))):
+        x.delete()
+    assert bits_of(averaged) == expected
+
+
+def test_averaged_model_of_a_bare_state_and_of_other_variables():
+    class Frozen(nnx.Param):
+        """A parameter that the optimizer leaves alone."""
+
+    model = NNXNet()
+    model.frozen = Frozen(jnp.ones(3))
+    wrt = nnx.All(nnx.Param, nnx.Not(Frozen))
+    tx = optax.chain(optax.sgd(0.1), average_iterates())
+    optimizer = nnx.Optimizer(model, tx, wrt=wrt)
+    for batch in make_batches():
+        train_nnx(model, optimizer, batch)
+    expected = bits_of(averaged_model(model, optimizer))
+    state = optimizer.opt_state
+    assert bits_of(averaged_model(model, state, wrt=wrt)) == expected
+    assert bits_of(averaged_model(model, (None, state), wrt=wrt)) == expected
+    with pytest.raises(ValueError, match=r"lacks .*frozen"):
+        averaged_model(model, state)
+    plain, optimizer = trained_nnx()
+    assert bits_of(averaged_model(plain, optimizer.opt_state)) == bits_of(
+        averaged_model(plain, optimizer)
+    )
+
+
+def test_averaged_model_keeps_the_models_dtypes():
+    model, optimizer = trained_nnx(dtype=jnp.bfloat16)
+    found = nnx.state(averaged_model(model, optimizer))
+    expected = nnx.state(model)
+    assert jax.tree.map(lambda x: x.dtype, found) == jax.tree.map(
+        lambda x: x.dtype, expected
+    )
+
+
+def test_averaged_model_refuses():
+    model, optimizer = trained_nnx(tx=optax.sgd(0.1))
+    with pytest.raises(ValueError, match="no averaging state"):
+        averaged_model(model, optimizer)
+    model, optimizer = trained_nnx(tx=asgd())
+    with pytest.raises(ValueError, match=r"pass `optimizer.opt_state`"):
+        averaged_model(model, nnx.state(optimizer))
+    with pytest.raises(TypeError, match="^model must be an nnx.Module; got a LinenNet"):
+        averaged_model(LinenNet({}), optimizer)
