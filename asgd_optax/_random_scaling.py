@@ -114,6 +114,7 @@ def track_random_scaling(
         updates: Any, state: RandomScalingState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, RandomScalingState]:
         del extra_args
+        _checks.check_state(state, RandomScalingState)
         _checks.check_update(
             updates, params, state.average.value, "state.average.value"
         )
@@ -173,7 +174,10 @@ def confidence_interval(opt_state: Any, level: float = 0.95) -> ConfidenceInterv
     Returns:
       The intervals' two ends, each a pytree shaped as the parameters in the dtypes
       of the average: the parameters', float32 for 16-bit floats. NaN while fewer
-      than two iterates have been averaged. Masked leaves stay masked.
+      than two iterates have been averaged, and where the squares of the deviations
+      leave the range of the dtype: float32 tells half-widths from about 1e-16 to
+      1e18 (scale what is smaller or larger). A parameter that never moved has an
+      interval of length 0. Masked leaves stay masked.
 
     Raises:
       TypeError: a level that is no number.
@@ -220,8 +224,11 @@ def confidence_interval(opt_state: Any, level: float = 0.95) -> ConfidenceInterv
         # V_n / n is `factor` times the mean square about the average.
         factor = (1 + 1 / n) * (2 + 1 / n) / 6
         distance = (center - value) + (rest_ - rest)
-        square = factor * (spread + distance**2)
-        return jnp.where(n < 2, jnp.nan, critical * jnp.sqrt(square))
+        square = spread + distance**2
+        # What is near the smallest number there is has lost terms that fell below.
+        lost = (distance != 0) & (square < 1024 * jnp.finfo(square.dtype).tiny)
+        half = critical * jnp.sqrt(factor * square)
+        return jnp.where((n < 2) | lost, jnp.nan, half)
 
     average, center = state.average, state.center
     half = jax.tree.map(

@@ -96,6 +96,37 @@ def test_interval_is_that_of_the_definition(dtype, start):
         np.testing.assert_allclose((upper + lower) / 2, mean, rtol=20 * eps)
 
 
+@pytest.mark.parametrize("scale", [1e-15, 1e-6, 1e6, 1e15])
+def test_intervals_scale_with_the_stream(scale):
+    noise = np.random.default_rng(0).standard_normal((1000, 4)).astype(np.float32)
+    lower, upper = confidence_interval(track(jnp.asarray(noise)))
+    scaled = confidence_interval(track(jnp.asarray(np.float32(scale) * noise)))
+    np.testing.assert_allclose(
+        scaled.upper - scaled.lower, scale * (upper - lower), rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("scale", [1e-33, 1e-25, 1e-20, 1e-18, 1e-17, 1e20, 1e30])
+def test_noise_out_of_range_is_nan_or_right(scale):
+    """Never too short: squares that fell below the smallest number are not missed."""
+    noise = np.random.default_rng(0).standard_normal((1000, 4)).astype(np.float32)
+    reference = confidence_interval(track(jnp.asarray(noise)))
+    lower, upper = confidence_interval(track(jnp.asarray(np.float32(scale) * noise)))
+    length = np.asarray(upper, float) - np.asarray(lower, float)
+    expected = scale * np.asarray(reference.upper - reference.lower, float)
+    right = np.abs(length - expected) <= 1e-3 * expected
+    assert np.all(right | np.isnan(length))
+    if not 1e-17 < scale < 1e19:
+        assert np.isnan(length).all()
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -3e-30, 1e25])
+def test_what_never_moved_has_length_0(value):
+    lower, upper = confidence_interval(track(jnp.full((1000, 2), value)))
+    np.testing.assert_array_equal(lower, np.float32(value))
+    np.testing.assert_array_equal(upper, np.float32(value))
+
+
 def test_coverage_of_a_mean():
     """Of independent iterates the limit law is that of the mean over its scale."""
     replications, n = 20_000, 400
