@@ -36,7 +36,7 @@ def asgd(
     learning_rate: optax.ScalarOrSchedule = 1e-2,
     lambd: jax.typing.ArrayLike = 1e-4,
     alpha: jax.typing.ArrayLike = 0.75,
-    t0: jax.typing.ArrayLike = 1e6,
+    t0: jax.typing.ArrayLike = 1_000_000,
     weight_decay: jax.typing.ArrayLike = 0.0,
     *,
     accumulator_dtype: Any = None,
@@ -88,9 +88,11 @@ def asgd(
       TypeError: a hyperparameter that is no number; from `init` and `update`, a
         leaf of the parameters that is not floating or complex; from `update`, a
         gradient that is sparse, not floating, or complex where its parameter is
-        real or the other way round. Leaves are named by their path.
+        real or the other way round; a floating type of fewer than 16 bits; a state
+        of another kind. Leaves are named by their path.
       ValueError: a concrete hyperparameter that is negative, NaN or, `t0` apart,
-        infinite, or not a scalar; an `accumulator_dtype` that is not floating;
+        infinite, or not a scalar; a `t0` that arrives as an array of a floating type
+        narrower than 32 bits; an `accumulator_dtype` that is not floating;
         from `update`, missing params and a gradient or a state whose structure
         or shape is not its parameter's.
 
@@ -120,6 +122,7 @@ def asgd(
     """
     check_step_rule(learning_rate, lambd, alpha, weight_decay)
     _checks.check_hyperparameter("t0", t0, may_be_inf=True)
+    _checks.check_not_narrowed("t0", t0)
     _averaging.check_accumulator_dtype(accumulator_dtype)
 
     def eta_and_mu(step: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -136,6 +139,7 @@ def asgd(
         updates: Any, state: ASGDState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, ASGDState]:
         del extra_args
+        _checks.check_state(state, ASGDState)
         step = jnp.asarray(state.step)
         eta, mu = eta_and_mu(step)
         decay = float_of(lambd) + float_of(weight_decay)

@@ -26,6 +26,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from asgd_optax import _checks
+
 
 class CompensatedMean(NamedTuple):
     """A mean kept as a compensated sum (Kahan 1965); the state where `compensated`.
@@ -254,13 +256,16 @@ def check_accumulator_dtype(accumulator_dtype: Any) -> None:
         return
     try:
         # A type that `optax.inject_hyperparams` took for a schedule is an array here.
-        floating = not isinstance(accumulator_dtype, jax.Array) and jnp.issubdtype(
-            jnp.dtype(accumulator_dtype), jnp.inexact
+        floating = (
+            not isinstance(accumulator_dtype, jax.Array)
+            and jnp.issubdtype(jnp.dtype(accumulator_dtype), jnp.inexact)
+            and not _checks.is_narrow(jnp.dtype(accumulator_dtype), bits=16)
         )
     except TypeError:
         floating = False
     if not floating:
         raise ValueError(
-            "accumulator_dtype must name a floating dtype, such as 'float32' (a string"
-            f" under optax.inject_hyperparams); got {accumulator_dtype!r}"
+            "accumulator_dtype must name a floating dtype of 16 bits or more, such as"
+            " 'float32' (a string under optax.inject_hyperparams); got"
+            f" {accumulator_dtype!r}"
         )

@@ -43,11 +43,46 @@ def check_hyperparameter(name: str, value: Any, *, may_be_inf: bool = False) -> 
         raise ValueError(f"{name} must be finite in {largest.dtype}; got {value}")
 
 
+def check_not_narrowed(name: str, value: Any) -> None:
+    """Raises where `value` is an array of a floating type narrower than 32 bits.
+
+    `optax.inject_hyperparams` makes a Python float one of the parameters' dtype,
+    before any transformation sees it: 0.999 becomes 1 in bfloat16. What is taken
+    from 1, or compared with a number of steps, cannot have been meant so.
+    """
+    dtype = getattr(value, "dtype", None)
+    if is_narrow(dtype):
+        raise ValueError(
+            f"{name} is {dtype}, which is too coarse for it: pass a Python number or"
+            " 32 bits; optax.inject_hyperparams rounds to the parameters' dtype unless"
+            " told hyperparam_dtype=jnp.float32"
+        )
+
+
+def is_narrow(dtype: Any, bits: int = 32) -> bool:
+    """Whether `dtype` is a floating type of fewer than so many bits."""
+    return (
+        dtype is not None
+        and jnp.issubdtype(dtype, jnp.floating)
+        and jnp.finfo(dtype).bits < bits
+    )
+
+
+def check_state(state: Any, kind: type) -> None:
+    """Raises unless `state` is of the kind that a transformation made."""
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"state must be the {kind.__name__} that `init` or an earlier `update` of"
+            f" this transformation returned; got a {type(state).__name__}"
+        )
+
+
 def check_count(
     name: str, value: Any, *, at_least: int, may_be_inf: bool = True
 ) -> None:
     """Raises unless `value` is a whole number (or `inf`) of at least `at_least`."""
     check_hyperparameter(name, value, may_be_inf=may_be_inf)
+    check_not_narrowed(name, value)
     if is_traced(value):
         return
     number = concrete(value)
@@ -67,6 +102,7 @@ def check_params(params: Any, name: str = "params") -> None:
                 f" {type(leaf).__name__ if dtype is None else dtype}: only floating"
                 " and complex arrays can be averaged"
             )
+        _check_wide_enough(f"{name}{jax.tree_util.keystr(path)}", dtype)
 
 
 def check_fits(name: str, tree: Any, params: Any, *, against: str = "params") -> None:
@@ -112,6 +148,7 @@ def check_fits(name: str, tree: Any, params: Any, *, against: str = "params") ->
             != jnp.issubdtype(expected, jnp.complexfloating)
         ):
             raise TypeError(f"{where} is {dtype}, {other} {expected}")
+        _check_wide_enough(where, dtype)
 
 
 def check_update(updates: Any, params: Any, mean: Any, name: str) -> None:
@@ -126,6 +163,15 @@ def check_update(updates: Any, params: Any, mean: Any, name: str) -> None:
     check_params(params)
     check_fits("updates", updates, params)
     check_fits(name, mean, params)
+
+
+def _check_wide_enough(where: str, dtype: Any) -> None:
+    """Raises where JAX neither promotes nor steps in a floating type so narrow."""
+    if is_narrow(dtype, bits=16):
+        raise TypeError(
+            f"{where} is {dtype}: keep master weights of 16 bits or more, average those"
+            f" and cast to {dtype} where they are used"
+        )
 
 
 def _misfit(name: str, tree: Any, against: str, params: Any) -> str:

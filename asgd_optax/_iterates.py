@@ -16,12 +16,16 @@ class AverageIteratesState(NamedTuple):
 
     Attributes:
       step: number of finished updates. Shape (), int32; stays at 2**31 - 1.
+      averaged: number n of iterates in the average, 0 until the first. Counted, so it
+        stays right where `start` or `every` is changed in mid-run. Shape (), int32;
+        stays at 2**31 - 1.
       average: the average, in the shapes of the parameters and the dtypes that
         `ASGDState.ax` has; a `CompensatedMean` of two such trees where
         `compensated`.
     """
 
     step: jax.Array
+    averaged: jax.Array
     average: Any
 
 
@@ -51,7 +55,8 @@ def average_iterates(
       weighting: the weight w of the n-th averaged iterate; `uniform_weighting` by
         default. It is called with n of shape (), int32.
       start: averages iterates after the first `start` updates: a whole number, or
-        `inf` for never; may be traced.
+        `inf` for never; may be traced. Updates are those of this state: an average
+        that joins a run later counts from there.
       every: averages every so many-th of them: a whole number of at least 1; may be
         traced. The steps between do not touch the average.
       accumulator_dtype: precision of the average, as for `asgd`.
@@ -66,8 +71,9 @@ def average_iterates(
       TypeError: a weighting that is no function; a `start` or an `every` that is no
         number; leaves that `asgd` refuses too.
       ValueError: a concrete `start` that is negative, NaN or not whole; a concrete
-        `every` that is less than 1 or not whole; missing params; a structure or a
-        shape that differs from the parameters'.
+        `every` that is less than 1 or not whole; one of the two that arrives as an
+        array of a floating type narrower than 32 bits; missing params; a structure or
+        a shape that differs from the parameters'.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -93,32 +99,38 @@ def average_iterates(
     def init_fn(params: Any) -> AverageIteratesState:
         _checks.check_params(params)
         average = _averaging.init_mean(params, accumulator_dtype, compensated)
-        return AverageIteratesState(jnp.zeros([], jnp.int32), average)
+        step, averaged = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
+        return AverageIteratesState(step, averaged, average)
 
     def update_fn(
         updates: Any, state: AverageIteratesState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, AverageIteratesState]:
         del extra_args
+        _checks.check_state(state, AverageIteratesState)
         mean = _averaging.mean_value(state.average)
         _checks.check_update(updates, params, mean, "state.average")
-        step = optax.safe_increment(jnp.asarray(state.step))
+        step, averaged = jnp.asarray(state.step), jnp.asarray(state.averaged)
+        step = optax.safe_increment(step)
         since = step - split_start(start)[0]
         period = split_start(every)[0]
+        due = (since >= period) & (since % period == 0)
+        begun = averaged > 0
+        averaged = jnp.where(due, optax.safe_increment(averaged), averaged)
         updates = _averaging.round_updates(updates)
         iterates = optax.apply_updates(params, updates)
 
         def average() -> Any:
-            n = jnp.maximum(since // period, 1)
-            weight = jnp.asarray(weighting_(n), dtype=jnp.result_type(float))
-            weight = jnp.where(since >= period, weight, 1)
+            weight = weighting_(jnp.maximum(averaged, 1))
+            weight = jnp.asarray(weight, dtype=jnp.result_type(float))
+            # Until the first averaged iterate the average follows the iterate.
+            weight = jnp.where(due, weight, jnp.where(begun, 0, 1))
             return _averaging.update_mean(state.average, iterates, weight)
 
         if not _checks.is_traced(every) and _checks.concrete(every) == 1:
-            return updates, AverageIteratesState(step, average())
+            return updates, AverageIteratesState(step, averaged, average())
         # The iterate comes from outside of the branch, so that neither it nor the
         # average is copied: the steps between cost no more than no averaging.
-        due = (since < period) | (since % period == 0)
-        new = jax.lax.cond(due, average, lambda: state.average)
-        return updates, AverageIteratesState(step, new)
+        new = jax.lax.cond(due | ~begun, average, lambda: state.average)
+        return updates, AverageIteratesState(step, averaged, new)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

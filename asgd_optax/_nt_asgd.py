@@ -153,6 +153,7 @@ def nt_asgd(
         **extra_args: Any,
     ) -> tuple[Any, NTASGDState]:
         del extra_args
+        _checks.check_state(state, NTASGDState)
         step, since = jnp.asarray(state.step), jnp.asarray(state.since)
         triggered, recent, lowest = _validate(
             validation_loss,

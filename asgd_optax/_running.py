@@ -76,6 +76,7 @@ def running_average(
         return RunningAverageState(jnp.zeros([], jnp.int32), average)
 
     def update(state: RunningAverageState, tree: Any) -> RunningAverageState:
+        _checks.check_state(state, RunningAverageState)
         _checks.check_params(tree, name="tree")
         mean = _averaging.mean_value(state.average)
         _checks.check_fits("tree", tree, mean, against="state.average")
@@ -87,6 +88,7 @@ def running_average(
         )
 
     def value(state: RunningAverageState) -> Any:
+        _checks.check_state(state, RunningAverageState)
         return _averaging.mean_value(state.average)
 
     return RunningAverage(init, update, value)

@@ -47,7 +47,8 @@ def polynomial_weighting(gamma: jax.typing.ArrayLike) -> Weighting:
       A weighting, as `uniform_weighting`'s.
 
     Raises:
-      ValueError: a concrete gamma that is negative, NaN or infinite.
+      ValueError: a concrete gamma that is negative, NaN or infinite; one that arrives
+        as an array of a floating type narrower than 32 bits.
       TypeError: a gamma that is no number.
 
     Examples:
@@ -60,6 +61,7 @@ def polynomial_weighting(gamma: jax.typing.ArrayLike) -> Weighting:
       <https://proceedings.mlr.press/v28/shamir13.html>`_, ICML 2013, section 4.
     """
     _checks.check_hyperparameter("gamma", gamma)
+    _checks.check_not_narrowed("gamma", gamma)
 
     def weight(n: jax.Array) -> jax.Array:
         g = float_of(gamma)
@@ -80,14 +82,17 @@ def exponential_weighting(decay: jax.typing.ArrayLike) -> Weighting:
 
     Args:
       decay: factor by which an iterate's share shrinks at each later one, a scalar
-        of at least 0 and less than 1; may be traced.
+        of at least 0 and less than 1; may be traced. A traced one outside of that
+        cannot be refused: 1 or more gives the uniform mean, which is the limit of
+        a decay that tends to 1; what is negative counts as 0.
 
     Returns:
       A weighting, as `uniform_weighting`'s, accurate to a few units in the last
       place for a decay of up to 0.99999 in float32.
 
     Raises:
-      ValueError: a concrete decay outside [0, 1).
+      ValueError: a concrete decay outside [0, 1); one that arrives as an array of a
+        floating type narrower than 32 bits, in which 0.999 may be 1.
       TypeError: a decay that is no number.
 
     Examples:
@@ -99,6 +104,7 @@ def exponential_weighting(decay: jax.typing.ArrayLike) -> Weighting:
       Kingma & Ba, `Adam <https://arxiv.org/abs/1412.6980>`_, ICLR 2015, section 3.
     """
     _checks.check_hyperparameter("decay", decay)
+    _checks.check_not_narrowed("decay", decay)
     if not _checks.is_traced(decay):
         # In float64, or the rounding of `decay` would be a great part of 1 - decay.
         decay = _checks.concrete(decay)
@@ -107,12 +113,13 @@ def exponential_weighting(decay: jax.typing.ArrayLike) -> Weighting:
 
     def weight(n: jax.Array) -> jax.Array:
         forget = float_of(1 - decay)
+        none, all_ = forget <= 0, forget >= 1
         # 1 - decay^n, without the cancellation; at decay 0 without its infinities,
-        # of which the gradient would be NaN.
-        zero = forget == 1
-        log_decay = jnp.log1p(-jnp.where(zero, 0.5, forget))
-        power = jnp.where(zero, -1, jnp.expm1(float_of(n) * log_decay))
-        return jnp.where(n == 1, 1, forget / -power)
+        # of which the gradient would be NaN, and at decay 1 without 0 / 0.
+        log_decay = jnp.log1p(-jnp.where(none | all_, 0.5, forget))
+        power = jnp.where(all_, -1, jnp.expm1(float_of(n) * log_decay))
+        weight = jnp.where(none, jnp.reciprocal(float_of(n)), forget / -power)
+        return jnp.where((n == 1) | (forget > 1), 1, weight)
 
     return weight
 

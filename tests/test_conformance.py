@@ -245,18 +245,30 @@ def test_an_injected_hyperparameter_acts_at_once(row):
         assert bits(untouched) != bits(expected), name
 
 
+# What a rounding to 8 or 11 bits would change beyond recognition.
+PRECISE = {"t0", "decay", "gamma", "start", "every"}
+
+
 @each_row_and_dtype(["complex64", "bfloat16", "float16"])
 def test_inject_hyperparams_in_the_dtype_of_the_params(row, dtype):
     """optax casts them to it: to complex numbers, to 8 bits of precision."""
     params, grads = random_tree(0, dtype), gradients(dtype)
-    injected = optax.inject_hyperparams(row.factory)(
-        **row.hyperparameters, **row.options
-    )
-    p, state = train(injected, params, grads, jax.jit(train_step, static_argnums=0))
+    arguments = row.hyperparameters | row.options
+    injected = optax.inject_hyperparams(row.factory)(**arguments)
+    coarse = PRECISE & row.hyperparameters.keys()
     rounded = {
         name: float(jnp.real(jnp.asarray(v, dtype)))
         for name, v in row.hyperparameters.items()
     }
+    if coarse and dtype != "complex64":
+        message = f"^({'|'.join(coarse)}) is {dtype}.*hyperparam_dtype=jnp.float32"
+        for init in (injected.init, jax.jit(injected.init)):
+            with pytest.raises(ValueError, match=message):
+                init(params)
+        inject = optax.inject_hyperparams(row.factory, hyperparam_dtype=jnp.float32)
+        injected = inject(**arguments)
+        rounded = {name: jnp.float32(v) for name, v in row.hyperparameters.items()}
+    p, state = train(injected, params, grads, jax.jit(train_step, static_argnums=0))
     expected = train(row.make(**rounded), params, grads)
     tolerance = 1e-6 if dtype == "complex64" else 1e-2
     assert_close((p, state.inner_state), expected, tolerance, 1e-6)

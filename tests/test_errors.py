@@ -8,7 +8,15 @@ import optax
 import pytest
 from jax.experimental import sparse
 
-from asgd_optax import asgd
+from asgd_optax import (
+    asgd,
+    average_iterates,
+    exponential_weighting,
+    nt_asgd,
+    polynomial_weighting,
+    running_average,
+    track_random_scaling,
+)
 from tests.support import assert_close, bits
 
 HYPERPARAMETERS = ["learning_rate", "lambd", "alpha", "t0", "weight_decay"]
@@ -82,6 +90,97 @@ def test_accumulator_dtype(dtype):
 def test_params_that_cannot_be_averaged(leaf):
     with pytest.raises(TypeError, match=r"^params\['b'\]\[0\] is"):
         asgd().init({"w": jnp.ones(2), "b": [leaf]})
+
+
+TOO_COARSE = {
+    "t0": lambda value: asgd(t0=value),
+    "decay": exponential_weighting,
+    "gamma": polynomial_weighting,
+    "start": lambda value: average_iterates(start=value),
+    "every": lambda value: average_iterates(every=value),
+}
+
+
+@pytest.mark.parametrize("name", TOO_COARSE)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_an_array_too_coarse_for_it(name, dtype):
+    """As `optax.inject_hyperparams` makes them: 0.999 is 1 in bfloat16."""
+    message = f"^{name} is {dtype}.*hyperparam_dtype=jnp.float32"
+    for value in (jnp.zeros((), dtype), np.zeros((), dtype), jnp.dtype(dtype).type(0)):
+        with pytest.raises(ValueError, match=message):
+            TOO_COARSE[name](value)
+        with pytest.raises(ValueError, match=message):
+            jax.jit(lambda v: (TOO_COARSE[name](v), v)[1])(value)
+    one = 0 if name == "decay" else 1
+    for kind in ("int8", "int32", "float32", "complex64"):
+        if kind != "int8" or name != "decay":
+            TOO_COARSE[name](jnp.asarray(one, kind))
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+def test_an_injected_decay_of_16_bit_params(jitted):
+    """Named, in place of an average that is NaN; and the advice helps."""
+    params = {"w": jnp.ones(3, jnp.bfloat16)}
+
+    def average(decay):
+        return average_iterates(exponential_weighting(decay))
+
+    for options in ({}, {"hyperparam_dtype": jnp.float32}):
+        inject = optax.inject_hyperparams(average, **options)
+        tx = optax.chain(optax.sgd(0.1), inject(decay=0.999))
+        init = jax.jit(tx.init) if jitted else tx.init
+        if options:
+            state = init(params)
+            _, state = jax.jit(tx.update)(params, state, params)
+            found = float(state[1].hyperparams["decay"])
+            assert found == pytest.approx(0.999, rel=1e-6)
+            assert np.isfinite(state[1].inner_state.average["w"]).all()
+        else:
+            with pytest.raises(ValueError, match="^decay is bfloat16"):
+                init(params)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_what_may_be_coarse_goes_on_working_injected(dtype):
+    params = {"w": jnp.ones(3, dtype)}
+    tx = optax.inject_hyperparams(asgd)(learning_rate=0.1)
+    _, state = tx.update(params, jax.jit(tx.init)(params), params)
+    assert int(state.hyperparams["t0"]) == 1_000_000
+    assert int(state.inner_state.step) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_types_too_narrow_to_train_in(dtype):
+    wide = {"w": jnp.ones(3), "b": jnp.ones(3)}
+    narrow = {"w": jnp.ones(3), "b": jnp.ones(3).astype(dtype)}
+    for tx in (asgd(), average_iterates(), nt_asgd(0.1), track_random_scaling()):
+        with pytest.raises(TypeError, match=rf"^params\['b'\] is {dtype}: keep master"):
+            tx.init(narrow)
+        with pytest.raises(TypeError, match=rf"^updates\['b'\] is {dtype}: keep"):
+            tx.update(narrow, tx.init(wide), wide)
+    with pytest.raises(TypeError, match=rf"^tree\['b'\] is {dtype}"):
+        running_average().init(narrow)
+    with pytest.raises(ValueError, match="floating dtype of 16 bits or more"):
+        asgd(accumulator_dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "tx", [asgd(), average_iterates(), nt_asgd(0.1), track_random_scaling()]
+)
+def test_a_state_of_another_kind(tx):
+    kind = type(tx.init(PARAMS)).__name__
+    chained = optax.chain(tx).init(PARAMS)
+    for state in (None, chained, tx.init(PARAMS)._asdict(), optax.EmptyState()):
+        message = f"^state must be the {kind} .* got a {type(state).__name__}$"
+        with pytest.raises(TypeError, match=message):
+            tx.update(PARAMS, state, PARAMS)
+
+
+def test_a_running_average_of_another_state():
+    mean = running_average()
+    for call in (lambda: mean.update(None, PARAMS), lambda: mean.value(PARAMS)):
+        with pytest.raises(TypeError, match="^state must be the RunningAverageState"):
+            call()
 
 
 def test_missing_params():

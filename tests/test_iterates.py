@@ -339,14 +339,84 @@ def test_subnormal_updates_pass_through_bit_for_bit(dtype, compiled):
 def test_the_counter_saturates():
     tx = average_iterates(start=5)
     params = jnp.ones(3)
-    state = tx.init(params)._replace(step=jnp.asarray(INT32_MAX - 1, jnp.int32))
+    last = jnp.asarray(INT32_MAX - 1, jnp.int32)
+    state = tx.init(params)._replace(step=last, averaged=last)
     update = jax.jit(tx.update)
     for _ in range(3):
         _, state = update(params, state, params)
-        assert state.step.dtype == jnp.int32
-        assert int(state.step) == INT32_MAX
-    moved = 3 / (INT32_MAX - 5)  # too little for float32
+        for counter in (state.step, state.averaged):
+            assert counter.dtype == jnp.int32
+            assert int(counter) == INT32_MAX
+    moved = 3 / INT32_MAX  # too little for float32
     np.testing.assert_allclose(state.average, 1 + moved, rtol=EPS)
+
+
+@pytest.mark.parametrize("every", EVERIES)
+@pytest.mark.parametrize("start", STARTS)
+def test_averaged_counts_the_iterates_in_the_average(start, every):
+    tx, params = average_iterates(start=start, every=every), jnp.ones(3)
+    state = tx.init(params)
+    update = jax.jit(tx.update)
+    for step in range(12):
+        assert state.averaged.dtype == jnp.int32
+        assert int(state.averaged) == max(0, step - min(start, 99)) // every
+        _, state = update(params, state, params)
+
+
+@pytest.mark.parametrize(
+    ("starts", "everies"),
+    [
+        ([2] * 9, [1, 1, 1, 1, 1, 3, 3, 3, 3]),  # rarer from the sixth update on
+        ([2] * 9, [3] * 5 + [1] * 4),  # more often
+        ([1] * 5 + [3] * 4, [1] * 9),  # a start that moves behind
+        ([1] * 5 + [99] * 4, [1] * 9),  # averaging that is stopped: it is held
+        ([1] * 5 + [99] * 4, [2] * 9),
+        ([99] * 5 + [0] * 4, [2] * 9),  # one that begins when told
+    ],
+)
+def test_start_and_every_changed_in_mid_run(starts, everies):
+    """What is in the average keeps its weight: n is counted, not derived from step."""
+
+    def make(start, every):
+        return average_iterates(start=start, every=every)
+
+    injected = optax.inject_hyperparams(make)(start=starts[0], every=everies[0])
+    update = jax.jit(injected.update)
+    params, state, taken = jnp.zeros(3), injected.init(jnp.zeros(3)), []
+    for n, (start, every) in enumerate(zip(starts, everies, strict=True), 1):
+        values = {"start": jnp.asarray(start), "every": jnp.asarray(every)}
+        state = state._replace(hyperparams=values)
+        updates, state = update(jnp.full(3, float(n)), state, params)
+        params = optax.apply_updates(params, updates)
+        since = n - start
+        if since >= every and since % every == 0:
+            taken.append(float(params[0]))
+        expected = np.mean(taken) if taken else float(params[0])
+        np.testing.assert_allclose(averaged_params(state), expected, rtol=4 * EPS)
+        assert int(state.inner_state.averaged) == len(taken)
+
+
+@pytest.mark.parametrize("decay", [1.0, 1.5, np.inf])
+def test_a_traced_decay_of_1_or_more_gives_the_uniform_mean(decay):
+    """It cannot be refused, and is not to make NaN of an average that was fine."""
+
+    @jax.jit
+    def weight(decay, n):
+        return exponential_weighting(decay)(n)
+
+    for n in (1, 2, 7, 10**6):
+        np.testing.assert_allclose(weight(decay, n), 1 / n, rtol=EPS)
+        # It is the limit.
+        np.testing.assert_allclose(weight(1 - EPS, 7), 1 / 7, rtol=1e-5)
+    slope = jax.jit(jax.grad(lambda d: exponential_weighting(d)(jnp.int32(3))))
+    assert np.isfinite(slope(decay))
+
+
+@pytest.mark.parametrize("decay", [-0.1, -1.0, -7.0])
+def test_a_traced_decay_below_0_counts_as_0(decay):
+    weight = jax.jit(lambda d, n: exponential_weighting(d)(n))
+    for n in (1, 2, 7):
+        assert float(weight(decay, n)) == 1
 
 
 PARAMS = {"w": jnp.ones((2, 3)), "b": [jnp.ones(3)]}
