@@ -6,9 +6,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike, DTypeLike
 
 from asgd_optax import _averaging, _checks
-from asgd_optax._steps import float_of, split_start
+from asgd_optax._averaging import Mean
+from asgd_optax._numerics import (
+    default_float,
+    map_real_and_imaginary,
+    rounded_update,
+    split_count,
+    wide_dtype,
+)
 
 
 class ASGDState(NamedTuple):
@@ -29,17 +37,17 @@ class ASGDState(NamedTuple):
     step: jax.Array
     eta: jax.Array
     mu: jax.Array
-    ax: Any
+    ax: Mean
 
 
 def asgd(
     learning_rate: optax.ScalarOrSchedule = 1e-2,
-    lambd: jax.typing.ArrayLike = 1e-4,
-    alpha: jax.typing.ArrayLike = 0.75,
-    t0: jax.typing.ArrayLike = 1_000_000,
-    weight_decay: jax.typing.ArrayLike = 0.0,
+    lambd: ArrayLike = 1e-4,
+    alpha: ArrayLike = 0.75,
+    t0: ArrayLike = 1_000_000,
+    weight_decay: ArrayLike = 0.0,
     *,
-    accumulator_dtype: Any = None,
+    accumulator_dtype: DTypeLike | None = None,
     compensated: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Averaged stochastic gradient descent (Polyak & Juditsky 1992).
@@ -123,27 +131,30 @@ def asgd(
     check_step_rule(learning_rate, lambd, alpha, weight_decay)
     _checks.check_hyperparameter("t0", t0, may_be_inf=True)
     _checks.check_not_narrowed("t0", t0)
-    _averaging.check_accumulator_dtype(accumulator_dtype)
+    _checks.check_accumulator_dtype(accumulator_dtype)
 
     def eta_and_mu(step: jax.Array) -> tuple[jax.Array, jax.Array]:
         rate = learning_rate(step) if callable(learning_rate) else learning_rate
         return step_size(step, rate, lambd, alpha), weight(step, t0)
 
-    def init_fn(params: Any) -> ASGDState:
+    def init_fn(params: optax.Params) -> ASGDState:
         _checks.check_params(params)
         step = jnp.zeros([], jnp.int32)
         ax = _averaging.init_mean(params, accumulator_dtype, compensated)
         return ASGDState(step, *eta_and_mu(step), ax)
 
     def update_fn(
-        updates: Any, state: ASGDState, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, ASGDState]:
+        updates: optax.Updates,
+        state: ASGDState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ASGDState]:
         del extra_args
         _checks.check_state(state, ASGDState)
         step = jnp.asarray(state.step)
         eta, mu = eta_and_mu(step)
-        decay = float_of(lambd) + float_of(weight_decay)
-        steps, ax = descend(updates, params, state.ax, eta, mu, decay)
+        decay = default_float(lambd) + default_float(weight_decay)
+        steps, ax = asgd_update(updates, params, state.ax, eta, mu, decay)
         step = optax.safe_increment(step)
         return steps, ASGDState(step, *eta_and_mu(step), ax)
 
@@ -151,7 +162,10 @@ def asgd(
 
 
 def check_step_rule(
-    learning_rate: Any, lambd: Any, alpha: Any, weight_decay: Any
+    learning_rate: optax.ScalarOrSchedule,
+    lambd: ArrayLike,
+    alpha: ArrayLike,
+    weight_decay: ArrayLike,
 ) -> None:
     """Raises unless these are numbers that serve, or the rate a schedule."""
     for name, value in (
@@ -164,9 +178,14 @@ def check_step_rule(
         _checks.check_hyperparameter("learning_rate", learning_rate)
 
 
-def descend(
-    updates: Any, params: Any, ax: Any, eta: Any, mu: Any, decay: Any
-) -> tuple[Any, Any]:
+def asgd_update(
+    updates: optax.Updates,
+    params: optax.Params,
+    ax: Mean,
+    eta: jax.Array,
+    mu: jax.Array,
+    decay: jax.Array,
+) -> tuple[optax.Updates, Mean]:
     """p' = p - eta (g + decay p), and the average with p' at weight mu.
 
     Args:
@@ -181,7 +200,7 @@ def descend(
     Returns:
       The steps p' - p, in the dtypes of `updates`, and the new average.
     """
-    _checks.check_update(updates, params, _averaging.mean_value(ax), "state.ax")
+    _checks.check_update(updates, params, "state.ax", _averaging.mean_value(ax))
 
     def step_of(g: Any, p: Any) -> jax.Array:
         return _step(-eta, decay, jnp.asarray(g), jnp.asarray(p))
@@ -200,19 +219,21 @@ def _step(
     def f(g: jax.Array, p: jax.Array) -> jax.Array:
         return minus_eta.astype(g.dtype) * (g + decay.astype(g.dtype) * p)
 
-    wide = _averaging.wide_dtype(g, p)
-    step = _averaging.on_real_parts(f, g.astype(wide), p.astype(wide))
-    return _averaging.rounded_update(step, g.dtype)
+    wide = wide_dtype(g, p)
+    step = map_real_and_imaginary(f, g.astype(wide), p.astype(wide))
+    return rounded_update(step, g.dtype)
 
 
-def step_size(step: jax.Array, rate: Any, lambd: Any, alpha: Any) -> jax.Array:
+def step_size(
+    step: jax.Array, rate: ArrayLike, lambd: ArrayLike, alpha: ArrayLike
+) -> jax.Array:
     """lr / (1 + lambd lr t)^alpha."""
-    rate, lambd, alpha = float_of(rate), float_of(lambd), float_of(alpha)
+    rate, lambd, alpha = default_float(rate), default_float(lambd), default_float(alpha)
     return rate / (1 + lambd * rate * step.astype(rate.dtype)) ** alpha
 
 
-def weight(step: jax.Array, t0: Any) -> jax.Array:
+def weight(step: jax.Array, t0: ArrayLike) -> jax.Array:
     """1 / max(1, t - t0)."""
-    whole, fraction = split_start(t0)
+    whole, fraction = split_count(t0)
     since = (step - whole).astype(fraction.dtype) - fraction
     return jnp.reciprocal(jnp.maximum(1, since))

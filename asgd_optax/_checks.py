@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of what a caller passes: every error names the argument or the leaf."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 
 def is_traced(value: Any) -> bool:
@@ -68,6 +70,27 @@ def is_narrow(dtype: Any, bits: int = 32) -> bool:
     )
 
 
+def check_accumulator_dtype(accumulator_dtype: Any) -> None:
+    """Raises `ValueError` unless it is None or names a floating dtype."""
+    if accumulator_dtype is None:
+        return
+    try:
+        # A type that `optax.inject_hyperparams` took for a schedule is an array here.
+        floating = (
+            not isinstance(accumulator_dtype, jax.Array)
+            and jnp.issubdtype(jnp.dtype(accumulator_dtype), jnp.inexact)
+            and not is_narrow(jnp.dtype(accumulator_dtype), bits=16)
+        )
+    except TypeError:
+        floating = False
+    if not floating:
+        raise ValueError(
+            "accumulator_dtype must name a floating dtype of 16 bits or more, such as"
+            " 'float32' (a string under optax.inject_hyperparams); got"
+            f" {accumulator_dtype!r}"
+        )
+
+
 def check_state(state: Any, kind: type) -> None:
     """Raises unless `state` is of the kind that a transformation made."""
     if not isinstance(state, kind):
@@ -92,9 +115,47 @@ def check_count(
         raise ValueError(f"{name} must be a whole number; got {value}")
 
 
-def check_params(params: Any, name: str = "params") -> None:
+def check_params(params: optax.Params, name: str = "params") -> None:
     """Raises unless every leaf of `params` is a floating or complex array."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    check_fits(name, params, {})
+
+
+def check_update(updates: Any, params: Any, name: str, mean: Any) -> None:
+    """Raises unless an `update` can be done: all three fit, and can be averaged.
+
+    Args:
+      updates: gradients or updates.
+      params: the parameters.
+      name: what the next is, for a message.
+      mean: the average kept so far, a tree shaped as the parameters.
+    """
+    if params is None and jax.tree.leaves(updates):
+        raise ValueError(
+            "params are missing: the average is that of the parameters, so call"
+            " `update(updates, state, params)`"
+        )
+    check_fits("params", params, {"updates": updates, name: mean})
+
+
+def check_fits(name: str, tree: Any, others: Mapping[str, Any]) -> None:
+    """Raises unless `tree` can be averaged and `others` are trees like it.
+
+    That is, unless its leaves are floating or complex arrays and those of the others
+    have their structure, shapes and kind. All in one walk.
+
+    Args:
+      name: what `tree` is, for a message.
+      tree: a pytree.
+      others: pytrees by what they are, for a message.
+    """
+    rows: list[tuple[Any, ...]] = []
+    try:
+        jax.tree_util.tree_map_with_path(
+            lambda *row: rows.append(row), tree, *others.values()
+        )
+    except (ValueError, TypeError) as error:
+        raise ValueError(_misfit(name, tree, others)) from error
+    for path, leaf, *rest in rows:
         dtype = _dtype(leaf)
         if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
             raise TypeError(
@@ -102,91 +163,72 @@ def check_params(params: Any, name: str = "params") -> None:
                 f" {type(leaf).__name__ if dtype is None else dtype}: only floating"
                 " and complex arrays can be averaged"
             )
-        _check_wide_enough(f"{name}{jax.tree_util.keystr(path)}", dtype)
+        _check_wide_enough(name, path, dtype)
+        for other, other_leaf in zip(others, rest, strict=True):
+            _check_leaf(other, other_leaf, name, leaf, path, dtype)
 
 
-def check_fits(name: str, tree: Any, params: Any, *, against: str = "params") -> None:
-    """Raises unless `tree` has the structure, shapes and kind of `params`.
-
-    Args:
-      name: what `tree` is, for the message.
-      tree: gradients, updates or an average.
-      params: what it must fit.
-      against: what `params` is, for the message.
-    """
-    if params is None and jax.tree.leaves(tree):
-        raise ValueError(
-            "params are missing: the average is that of the parameters, so call"
-            " `update(updates, state, params)`"
+def _check_leaf(
+    name: str, leaf: Any, against: str, param: Any, path: Any, expected: Any
+) -> None:
+    """Raises unless `leaf` has the shape of `param`, and is real or complex as it."""
+    key = jax.tree_util.keystr
+    if hasattr(leaf, "todense"):
+        raise TypeError(
+            f"{name}{key(path)} is a {type(leaf).__name__}: sparse gradients must be"
+            " made dense first, as by `.todense()`"
         )
-    rows: list[tuple[Any, Any, Any]] = []
-    try:
-        jax.tree_util.tree_map_with_path(lambda *row: rows.append(row), params, tree)
-    except (ValueError, TypeError) as error:
-        raise ValueError(_misfit(name, tree, against, params)) from error
-    for path, param, leaf in rows:
-        where = f"{name}{jax.tree_util.keystr(path)}"
-        other = f"{against}{jax.tree_util.keystr(path)}"
-        if hasattr(leaf, "todense"):
-            raise TypeError(
-                f"{where} is a {type(leaf).__name__}: sparse gradients must be made"
-                " dense first, as by `.todense()`"
-            )
-        dtype = _dtype(leaf)
-        if dtype is None:
-            raise ValueError(
-                f"{name} and {against} differ in structure: {where} is a"
-                f" {type(leaf).__name__}, {other} an array"
-            )
-        if np.shape(leaf) != np.shape(param):
-            raise ValueError(
-                f"{where} has shape {np.shape(leaf)}, {other} {np.shape(param)}"
-            )
-        expected = _dtype(param)
-        if not jnp.issubdtype(dtype, jnp.inexact) or (
-            jnp.issubdtype(dtype, jnp.complexfloating)
-            != jnp.issubdtype(expected, jnp.complexfloating)
-        ):
-            raise TypeError(f"{where} is {dtype}, {other} {expected}")
-        _check_wide_enough(where, dtype)
+    dtype = _dtype(leaf)
+    if dtype is None:
+        raise ValueError(
+            f"{name} and {against} differ in structure: {name}{key(path)} is a"
+            f" {type(leaf).__name__}, {against}{key(path)} an array"
+        )
+    if np.shape(leaf) != np.shape(param):
+        raise ValueError(
+            f"{name}{key(path)} has shape {np.shape(leaf)}, {against}{key(path)}"
+            f" {np.shape(param)}"
+        )
+    if not jnp.issubdtype(dtype, jnp.inexact) or (
+        jnp.issubdtype(dtype, jnp.complexfloating)
+        != jnp.issubdtype(expected, jnp.complexfloating)
+    ):
+        raise TypeError(
+            f"{name}{key(path)} is {dtype}, {against}{key(path)} {expected}"
+        )
+    _check_wide_enough(name, path, dtype)
 
 
-def check_update(updates: Any, params: Any, mean: Any, name: str) -> None:
-    """Raises unless an `update` can be done: all three fit, and can be averaged.
-
-    Args:
-      updates: gradients or updates.
-      params: the parameters.
-      mean: the average kept so far.
-      name: what `mean` is, for the message.
-    """
-    check_params(params)
-    check_fits("updates", updates, params)
-    check_fits(name, mean, params)
-
-
-def _check_wide_enough(where: str, dtype: Any) -> None:
-    """Raises where JAX neither promotes nor steps in a floating type so narrow."""
+def _check_wide_enough(name: str, path: Any, dtype: Any) -> None:
+    """Raises for floating types that JAX promotes to no other."""
     if is_narrow(dtype, bits=16):
         raise TypeError(
-            f"{where} is {dtype}: keep master weights of 16 bits or more, average those"
-            f" and cast to {dtype} where they are used"
+            f"{name}{jax.tree_util.keystr(path)} is {dtype}: keep master weights of 16"
+            f" bits or more, average those and cast to {dtype} where they are used"
         )
 
 
-def _misfit(name: str, tree: Any, against: str, params: Any) -> str:
-    """Says where the structure of `tree` first departs from that of `params`."""
-    here = [p for p, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    there = [p for p, _ in jax.tree_util.tree_leaves_with_path(params)]
-    prefix = f"{name} and {against} differ in structure: "
-    for path in there:
-        # A leaf below the path is a container in the place of the array.
-        if not any(other[: len(path)] == path for other in here):
-            return prefix + f"{name} has no leaf {jax.tree_util.keystr(path)}"
-    for path in here:
-        if not any(path[: len(other)] == other for other in there):
-            return prefix + f"{against} has no leaf {jax.tree_util.keystr(path)}"
-    return prefix + f"{jax.tree.structure(tree)} against {jax.tree.structure(params)}"
+def _misfit(against: str, params: Any, others: Mapping[str, Any]) -> str:
+    """Says which of `others` departs in structure from `params`, and where first."""
+
+    def paths(tree: Any) -> list[Any]:
+        return [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+    there = paths(params)
+    for name, tree in others.items():
+        here = paths(tree)
+        prefix = f"{name} and {against} differ in structure: "
+        for path in there:
+            # A leaf below the path is a container in the place of the array.
+            if not any(other[: len(path)] == path for other in here):
+                return prefix + f"{name} has no leaf {jax.tree_util.keystr(path)}"
+        for path in here:
+            if not any(path[: len(other)] == other for other in there):
+                return prefix + f"{against} has no leaf {jax.tree_util.keystr(path)}"
+        nodes: tuple[Any, Any] = jax.tree.structure(tree), jax.tree.structure(params)
+        if nodes[0] != nodes[1]:
+            return prefix + f"{nodes[0]} against {nodes[1]}"
+    raise AssertionError("a tree that fits")  # pragma: no cover
 
 
 def _dtype(leaf: Any) -> Any:

@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike, DTypeLike
 
 from asgd_optax import _averaging, _checks
-from asgd_optax._asgd import check_step_rule, descend, step_size, weight
-from asgd_optax._steps import float_of
+from asgd_optax._asgd import asgd_update, check_step_rule, step_size, weight
+from asgd_optax._averaging import Mean
+from asgd_optax._numerics import default_float
 
 
 class NTASGDState(NamedTuple):
@@ -32,17 +34,17 @@ class NTASGDState(NamedTuple):
     since: jax.Array
     recent: jax.Array
     lowest: jax.Array
-    ax: Any
+    ax: Mean
 
 
 def nt_asgd(
     learning_rate: optax.ScalarOrSchedule,
     *,
     nonmono: int = 5,
-    lambd: jax.typing.ArrayLike = 0.0,
-    alpha: jax.typing.ArrayLike = 0.75,
-    weight_decay: jax.typing.ArrayLike = 0.0,
-    accumulator_dtype: Any = None,
+    lambd: ArrayLike = 0.0,
+    alpha: ArrayLike = 0.75,
+    weight_decay: ArrayLike = 0.0,
+    accumulator_dtype: DTypeLike | None = None,
     compensated: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Non-monotonically triggered ASGD (Merity, Keskar & Socher 2017).
@@ -125,9 +127,9 @@ def nt_asgd(
     """
     check_step_rule(learning_rate, lambd, alpha, weight_decay)
     _checks.check_count("nonmono", nonmono, at_least=1, may_be_inf=False)
-    _averaging.check_accumulator_dtype(accumulator_dtype)
+    _checks.check_accumulator_dtype(accumulator_dtype)
 
-    def init_fn(params: Any) -> NTASGDState:
+    def init_fn(params: optax.Params) -> NTASGDState:
         _checks.check_params(params)
         if _checks.is_traced(nonmono):
             raise ValueError(
@@ -145,13 +147,13 @@ def nt_asgd(
         )
 
     def update_fn(
-        updates: Any,
+        updates: optax.Updates,
         state: NTASGDState,
-        params: Any = None,
+        params: optax.Params | None = None,
         *,
-        validation_loss: Any = None,
+        validation_loss: ArrayLike | None = None,
         **extra_args: Any,
-    ) -> tuple[Any, NTASGDState]:
+    ) -> tuple[optax.Updates, NTASGDState]:
         del extra_args
         _checks.check_state(state, NTASGDState)
         step, since = jnp.asarray(state.step), jnp.asarray(state.since)
@@ -164,8 +166,10 @@ def nt_asgd(
         rate = learning_rate(step) if callable(learning_rate) else learning_rate
         # `since` is 0 before the trigger: the rate undecayed, the weight 1.
         eta = step_size(since, rate, lambd, alpha)
-        decay = jnp.where(triggered, float_of(lambd), 0) + float_of(weight_decay)
-        steps, ax = descend(updates, params, state.ax, eta, weight(since, 0), decay)
+        decay = jnp.where(triggered, default_float(lambd), 0) + default_float(
+            weight_decay
+        )
+        steps, ax = asgd_update(updates, params, state.ax, eta, weight(since, 0), decay)
         return steps, NTASGDState(
             step=optax.safe_increment(step),
             triggered=triggered,
@@ -179,7 +183,10 @@ def nt_asgd(
 
 
 def _validate(
-    loss: Any, triggered: jax.Array, recent: jax.Array, lowest: jax.Array
+    loss: ArrayLike | None,
+    triggered: jax.Array,
+    recent: jax.Array,
+    lowest: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`triggered`, `recent` and `lowest` after a validation loss, or none.
 

@@ -11,8 +11,8 @@ import optax
 
 from asgd_optax import _averaging, _checks
 from asgd_optax._averaging import CompensatedMean
-from asgd_optax._search import find_states
-from asgd_optax._steps import split_start
+from asgd_optax._find_states import find_states
+from asgd_optax._numerics import split_count, zeros_as
 
 
 class RandomScalingState(NamedTuple):
@@ -33,14 +33,14 @@ class RandomScalingState(NamedTuple):
     averaged: jax.Array
     average: CompensatedMean
     center: CompensatedMean
-    spread: Any
+    spread: optax.Params
 
 
 class ConfidenceInterval(NamedTuple):
     """What `confidence_interval` returns: two pytrees shaped as the parameters."""
 
-    lower: Any
-    upper: Any
+    lower: optax.Params
+    upper: optax.Params
 
 
 def track_random_scaling(
@@ -96,7 +96,7 @@ def track_random_scaling(
     """
     _checks.check_count("start", start, at_least=0)
 
-    def init_fn(params: Any) -> RandomScalingState:
+    def init_fn(params: optax.Params) -> RandomScalingState:
         _checks.check_params(params)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):
             if jnp.iscomplexobj(leaf):
@@ -106,20 +106,23 @@ def track_random_scaling(
                 )
         average = _averaging.init_mean(params, None, compensated=True)
         center = _averaging.init_mean(params, None, compensated=True)
-        spread = _averaging.zeros_as(average.value)
+        spread = zeros_as(average.value)
         step, averaged = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
         return RandomScalingState(step, averaged, average, center, spread)
 
     def update_fn(
-        updates: Any, state: RandomScalingState, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, RandomScalingState]:
+        updates: optax.Updates,
+        state: RandomScalingState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, RandomScalingState]:
         del extra_args
         _checks.check_state(state, RandomScalingState)
         _checks.check_update(
-            updates, params, state.average.value, "state.average.value"
+            updates, params, "state.average.value", state.average.value
         )
         step = optax.safe_increment(jnp.asarray(state.step))
-        averaged = jnp.maximum(step - split_start(start)[0], 0)
+        averaged = jnp.maximum(step - split_count(start)[0], 0)
         updates = _averaging.round_updates(updates)
         iterates = optax.apply_updates(params, updates)
         n = jnp.maximum(averaged, 1).astype(jnp.result_type(float))
@@ -156,7 +159,9 @@ def track_random_scaling(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def confidence_interval(opt_state: Any, level: float = 0.95) -> ConfidenceInterval:
+def confidence_interval(
+    opt_state: optax.OptState, level: float = 0.95
+) -> ConfidenceInterval:
     r"""Confidence intervals for the parameters, each by itself.
 
     .. math:: \bar p_n \pm c \sqrt{V_n / n}, \quad P(|T| > c) = 1 - \mathrm{level}
@@ -245,7 +250,7 @@ def confidence_interval(opt_state: Any, level: float = 0.95) -> ConfidenceInterv
     )
 
 
-def _only_state(opt_state: Any) -> RandomScalingState:
+def _only_state(opt_state: optax.OptState) -> RandomScalingState:
     """The one state of `track_random_scaling` in a pytree."""
     found = find_states(opt_state, {RandomScalingState})
     if not found:

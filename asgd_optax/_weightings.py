@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from asgd_optax import _checks
-from asgd_optax._steps import float_of
+from asgd_optax._numerics import default_float
 
 # From n = 1, 2, ..., an int32 scalar, to the weight w in
 # average <- average + w (iterate - average), a floating scalar.
@@ -31,7 +31,7 @@ def uniform_weighting() -> Weighting:
       Polyak & Juditsky, `Acceleration of stochastic approximation by averaging
       <https://doi.org/10.1137/0330046>`_, 1992.
     """
-    return lambda n: jnp.reciprocal(float_of(n))
+    return lambda n: jnp.reciprocal(default_float(n))
 
 
 def polynomial_weighting(gamma: jax.typing.ArrayLike) -> Weighting:
@@ -64,8 +64,8 @@ def polynomial_weighting(gamma: jax.typing.ArrayLike) -> Weighting:
     _checks.check_not_narrowed("gamma", gamma)
 
     def weight(n: jax.Array) -> jax.Array:
-        g = float_of(gamma)
-        return (g + 1) / (float_of(n) + g)
+        g = default_float(gamma)
+        return (g + 1) / (default_float(n) + g)
 
     return weight
 
@@ -112,13 +112,13 @@ def exponential_weighting(decay: jax.typing.ArrayLike) -> Weighting:
             raise ValueError(f"decay must be less than 1; got {decay}")
 
     def weight(n: jax.Array) -> jax.Array:
-        forget = float_of(1 - decay)
+        forget = default_float(1 - decay)
         none, all_ = forget <= 0, forget >= 1
         # 1 - decay^n, without the cancellation; at decay 0 without its infinities,
         # of which the gradient would be NaN, and at decay 1 without 0 / 0.
         log_decay = jnp.log1p(-jnp.where(none | all_, 0.5, forget))
-        power = jnp.where(all_, -1, jnp.expm1(float_of(n) * log_decay))
-        weight = jnp.where(none, jnp.reciprocal(float_of(n)), forget / -power)
+        power = jnp.where(all_, -1, jnp.expm1(default_float(n) * log_decay))
+        weight = jnp.where(none, jnp.reciprocal(default_float(n)), forget / -power)
         return jnp.where((n == 1) | (forget > 1), 1, weight)
 
     return weight

@@ -4,25 +4,22 @@
 Not imported by `asgd_optax`, which does without Flax.
 """
 
-import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import core, linen, nnx
+from flax import linen, nnx
 
-from asgd_optax import _averaging, _checks
-from asgd_optax._accessor import averaged_params
-
-# The statistics of each BatchNorm by its path: its mean and its variance.
-_Statistics = dict[tuple[Any, ...], tuple[jax.Array, jax.Array]]
+from asgd_optax import _averaging
+from asgd_optax._averaged_params import averaged_params
+from asgd_optax._batch_norm_linen import linen_batch_norms
+from asgd_optax._batch_norm_nnx import Statistics, nnx_batch_norms
 
 _M = TypeVar("_M", bound=nnx.Module)
 
 _update_mean = jax.jit(_averaging.update_mean)
-_passes = itertools.count()
 
 
 def averaged_model(model: _M, optimizer: Any, *, wrt: Any = None) -> _M:
@@ -66,12 +63,13 @@ def averaged_model(model: _M, optimizer: Any, *, wrt: Any = None) -> _M:
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(f"model must be an nnx.Module; got a {type(model).__name__}")
-    state, own = optimizer, nnx.Param
     if isinstance(optimizer, nnx.Optimizer):
-        state, own = optimizer.opt_state, optimizer.wrt
-    graph, optimized, rest = nnx.split(model, own if wrt is None else wrt, ...)
-    average = averaged_params(state, optimized)
-    return nnx.merge(graph, *jax.tree.map(jnp.copy, (average, rest)))
+        wrt = optimizer.wrt if wrt is None else wrt
+        optimizer = optimizer.opt_state
+    graph, params, *others = nnx.split(model, nnx.Param if wrt is None else wrt, ...)
+    average = averaged_params(optimizer, params)
+    average, others = jax.tree.map(jnp.copy, (average, others))
+    return nnx.merge(graph, average, *others)
 
 
 @overload
@@ -171,12 +169,14 @@ def update_batch_stats(
                 "a Linen module needs its variables, a mapping of collections:"
                 " update_batch_stats(module, batches, variables)"
             )
-        return _update_linen(model, batches, variables, call, size)
+        statistics, finish = linen_batch_norms(model, variables, call)
+        return finish(_average(batches, statistics, size))
     if not isinstance(model, nnx.Module):
         raise TypeError(f"model must be an nnx.Module or a linen.Module, not {model!r}")
     if variables is not None:
         raise TypeError("an nnx.Module keeps its variables itself: pass none")
-    _update_nnx(model, batches, call, size)
+    statistics, write = nnx_batch_norms(model, call)
+    write(_average(batches, statistics, size))
     return None
 
 
@@ -193,11 +193,12 @@ def _size(batch: Any) -> float:
 
 def _average(
     batches: Iterable[Any],
-    statistics: Callable[[Any], _Statistics],
+    statistics: Callable[[Any], Statistics],
     size: Callable[[Any], float],
-) -> _Statistics:
+) -> Statistics:
     """The mean over the batches of what `statistics` tells, weighted by size."""
-    mean, total = None, 0.0
+    mean: Any = None
+    total = 0.0
     for batch in batches:
         weight = float(size(batch))
         if not weight > 0:
@@ -212,123 +213,3 @@ def _average(
     if mean is None:
         raise ValueError("no batches: an iterator that is exhausted already?")
     return mean
-
-
-def _update_nnx(
-    model: nnx.Module,
-    batches: Iterable[Any],
-    call: Callable[[Any, Any], Any],
-    size: Callable[[Any], float],
-) -> None:
-    found = _batch_norms(model)
-    # A copy, so that neither an error nor the calls leave a trace in the model.
-    copy = nnx.clone(model)
-    layers = _batch_norms(copy)
-    for layer in layers.values():
-        layer.use_running_average = False
-        # The running statistics after a batch are then that batch's own.
-        layer.momentum = 0.0
-
-    def statistics(batch: Any) -> _Statistics:
-        for layer in layers.values():
-            # Momentum 0 would keep a NaN. No batch has a negative variance: where
-            # this one is still there afterwards, the layer has not seen the batch.
-            layer.mean[...] = jnp.zeros_like(layer.mean[...])
-            layer.var[...] = jnp.full_like(layer.var[...], -1)
-        call(copy, batch)
-        new = {path: (la.mean[...], la.var[...]) for path, la in layers.items()}
-        for path, (_, var) in new.items():
-            if not _checks.is_traced(var) and np.any(np.asarray(var) == -1):
-                raise ValueError(
-                    f"the BatchNorm {'.'.join(map(str, path)) or 'given'} was not used"
-                    " in training mode: pass a `call` that reaches it and does not"
-                    " tell it to use its running average"
-                )
-        return new
-
-    for path, (mean, var) in _average(batches, statistics, size).items():
-        layer = found[path]
-        layer.mean[...] = mean.astype(layer.mean[...].dtype)
-        layer.var[...] = var.astype(layer.var[...].dtype)
-
-
-def _batch_norms(model: nnx.Module) -> dict[tuple[Any, ...], nnx.BatchNorm]:
-    """The BatchNorms of a model by their paths; one shared by several only once."""
-    layers = {
-        path: module
-        for path, module in nnx.iter_modules(model)
-        if isinstance(module, nnx.BatchNorm)
-    }
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no nnx.BatchNorm to update")
-    return layers
-
-
-def _update_linen(
-    module: linen.Module,
-    batches: Iterable[Any],
-    variables: Mapping[str, Any],
-    call: Callable[[Any, Any], Any],
-    size: Callable[[Any], float],
-) -> Mapping[str, Any]:
-    paths: set[tuple[str, ...]] = set()
-    inside = False
-
-    def intercept(
-        next_call: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        context: linen.module.InterceptorContext,
-    ) -> Any:
-        nonlocal inside
-        layer = context.module
-        own = isinstance(layer, linen.BatchNorm) and context.method_name == "__call__"
-        if not own or inside:
-            return next_call(*args, **kwargs)
-        # Without statistics from before and with momentum 0 the new ones are those of
-        # the batch. The layer itself cannot be told: it is bound, and so is frozen.
-        free = layer.copy(momentum=0.0, use_running_average=False, name=None)
-        inputs = {k: v for k, v in kwargs.items() if k != "use_running_average"}
-        params = {k: v for k, v in layer.variables.items() if k != "batch_stats"}
-        inside = True
-        try:
-            result, new = free.apply(params, *args[:1], **inputs, mutable="batch_stats")
-        finally:
-            inside = False
-        for name, value in new["batch_stats"].items():
-            layer.put_variable("batch_stats", name, value)
-        paths.add(layer.path)
-        return result
-
-    # `linen.jit` would go on using what it traced without the interceptor, or under
-    # an earlier one: the name of a collection that nobody has makes it trace anew.
-    unique = f"asgd_optax.flax pass {next(_passes)}"
-    mutable = {*variables, "batch_stats", unique} - {"params"}
-    run = linen.apply(call, module, mutable=sorted(mutable))
-
-    def statistics(batch: Any) -> _Statistics:
-        with linen.intercept_methods(intercept):
-            _, changed = run(variables, batch)
-        if not paths:
-            raise ValueError(
-                f"{type(module).__name__} has no linen.BatchNorm to update, or `call`"
-                " does not reach it"
-            )
-        return {path: _pair(changed["batch_stats"], path) for path in sorted(paths)}
-
-    average = _average(batches, statistics, size)
-    stats = core.unfreeze(variables.get("batch_stats", {}))  # a copy of all the dicts
-    for path, pair in average.items():
-        layer = stats
-        for key in path:
-            layer = layer.setdefault(key, {})
-        for name, value in zip(("mean", "var"), pair, strict=True):
-            layer[name] = value.astype(jnp.result_type(layer.get(name, value)))
-    new = {**variables, "batch_stats": stats}
-    return core.freeze(new) if isinstance(variables, core.FrozenDict) else new
-
-
-def _pair(stats: Any, path: tuple[str, ...]) -> tuple[jax.Array, jax.Array]:
-    for key in path:
-        stats = stats[key]
-    return stats["mean"], stats["var"]

@@ -25,7 +25,7 @@ import numpy as np
 
 from asgd_optax import _averaging, _checks
 from asgd_optax._asgd import ASGDState
-from asgd_optax._steps import LAST
+from asgd_optax._numerics import LAST_STEP as LAST
 
 # Torch's name of each argument of `asgd`.
 _TORCH_NAMES = {

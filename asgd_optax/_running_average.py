@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 from asgd_optax import _averaging, _checks, _weightings
+from asgd_optax._averaging import Mean
 
 
 class RunningAverageState(NamedTuple):
@@ -20,7 +22,7 @@ class RunningAverageState(NamedTuple):
     """
 
     step: jax.Array
-    average: Any
+    average: Mean
 
 
 class RunningAverage(NamedTuple):
@@ -34,7 +36,7 @@ class RunningAverage(NamedTuple):
 def running_average(
     weighting: _weightings.Weighting | None = None,
     *,
-    accumulator_dtype: Any = None,
+    accumulator_dtype: DTypeLike | None = None,
     compensated: bool = False,
 ) -> RunningAverage:
     """The average that `average_iterates` keeps, of any pytree: statistics, metrics.
@@ -68,7 +70,7 @@ def running_average(
       5.0
     """
     weighting_ = _weightings.checked(weighting)
-    _averaging.check_accumulator_dtype(accumulator_dtype)
+    _checks.check_accumulator_dtype(accumulator_dtype)
 
     def init(tree: Any) -> RunningAverageState:
         _checks.check_params(tree, name="tree")
@@ -79,7 +81,7 @@ def running_average(
         _checks.check_state(state, RunningAverageState)
         _checks.check_params(tree, name="tree")
         mean = _averaging.mean_value(state.average)
-        _checks.check_fits("tree", tree, mean, against="state.average")
+        _checks.check_fits("state.average", mean, {"tree": tree})
         step = optax.safe_increment(jnp.asarray(state.step))
         weight = jnp.asarray(weighting_(step), dtype=jnp.result_type(float))
         tree = jax.tree.map(jnp.asarray, tree)

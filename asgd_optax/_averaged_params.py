@@ -13,11 +13,11 @@ import numpy as np
 import optax
 
 from asgd_optax._asgd import ASGDState
+from asgd_optax._average_iterates import AverageIteratesState
 from asgd_optax._averaging import mean_value
-from asgd_optax._iterates import AverageIteratesState
+from asgd_optax._find_states import find_states
 from asgd_optax._nt_asgd import NTASGDState
 from asgd_optax._random_scaling import RandomScalingState
-from asgd_optax._search import find_states
 
 # The field of each averaging state that holds its mean.
 _MEAN_FIELDS = {
@@ -31,7 +31,9 @@ _MEAN_FIELDS = {
 _BOXED = jax.tree_util.GetAttrKey("value")
 
 
-def averaged_params(opt_state: Any, params: Any = None) -> Any:
+def averaged_params(
+    opt_state: optax.OptState, params: optax.Params | None = None
+) -> optax.Params:
     """The averaged parameters kept somewhere in `opt_state`.
 
     The average is looked for in the whole pytree: behind `optax.chain`, `masked`,
@@ -118,7 +120,9 @@ def averaged_params(opt_state: Any, params: Any = None) -> Any:
             )
         return param
 
-    return treedef.unflatten(leaf(key, *pair) for key, pair in leaves.items())
+    return jax.tree.unflatten(
+        treedef, [leaf(key, *pair) for key, pair in leaves.items()]
+    )
 
 
 # A leaf's path, and its number among the leaves of that path: a custom node may give
@@ -192,8 +196,9 @@ def _graft(tree: Any, other: Any) -> Any:
             node = levels[above].get(key, optax.MaskedNode())
         return node
 
-    return treedef.unflatten(
-        subtree(path) if _is_masked(leaf) else leaf for path, leaf in pairs
+    return jax.tree.unflatten(
+        treedef,
+        [subtree(path) if _is_masked(leaf) else leaf for path, leaf in pairs],
     )
 
 

@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike, DTypeLike
 
 from asgd_optax import _averaging, _checks, _weightings
-from asgd_optax._steps import split_start
+from asgd_optax._averaging import Mean
+from asgd_optax._numerics import split_count
 
 
 class AverageIteratesState(NamedTuple):
@@ -26,15 +28,15 @@ class AverageIteratesState(NamedTuple):
 
     step: jax.Array
     averaged: jax.Array
-    average: Any
+    average: Mean
 
 
 def average_iterates(
     weighting: _weightings.Weighting | None = None,
     *,
-    start: jax.typing.ArrayLike = 0,
-    every: jax.typing.ArrayLike = 1,
-    accumulator_dtype: Any = None,
+    start: ArrayLike = 0,
+    every: ArrayLike = 1,
+    accumulator_dtype: DTypeLike | None = None,
     compensated: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Polyak-Ruppert averaging of the iterates of any optimizer.
@@ -94,32 +96,35 @@ def average_iterates(
     weighting_ = _weightings.checked(weighting)
     _checks.check_count("start", start, at_least=0)
     _checks.check_count("every", every, at_least=1)
-    _averaging.check_accumulator_dtype(accumulator_dtype)
+    _checks.check_accumulator_dtype(accumulator_dtype)
 
-    def init_fn(params: Any) -> AverageIteratesState:
+    def init_fn(params: optax.Params) -> AverageIteratesState:
         _checks.check_params(params)
         average = _averaging.init_mean(params, accumulator_dtype, compensated)
         step, averaged = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
         return AverageIteratesState(step, averaged, average)
 
     def update_fn(
-        updates: Any, state: AverageIteratesState, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, AverageIteratesState]:
+        updates: optax.Updates,
+        state: AverageIteratesState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, AverageIteratesState]:
         del extra_args
         _checks.check_state(state, AverageIteratesState)
         mean = _averaging.mean_value(state.average)
-        _checks.check_update(updates, params, mean, "state.average")
+        _checks.check_update(updates, params, "state.average", mean)
         step, averaged = jnp.asarray(state.step), jnp.asarray(state.averaged)
         step = optax.safe_increment(step)
-        since = step - split_start(start)[0]
-        period = split_start(every)[0]
+        since = step - split_count(start)[0]
+        period = split_count(every)[0]
         due = (since >= period) & (since % period == 0)
         begun = averaged > 0
         averaged = jnp.where(due, optax.safe_increment(averaged), averaged)
         updates = _averaging.round_updates(updates)
         iterates = optax.apply_updates(params, updates)
 
-        def average() -> Any:
+        def average() -> Mean:
             weight = weighting_(jnp.maximum(averaged, 1))
             weight = jnp.asarray(weight, dtype=jnp.result_type(float))
             # Until the first averaged iterate the average follows the iterate.
