@@ -1,10 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What several test modules need."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+from asgd_optax import (
+    averaged_params,
+    exponential_weighting,
+    polynomial_weighting,
+    uniform_weighting,
+)
 
 if hasattr(jax, "enable_x64"):
     enable_x64 = jax.enable_x64
@@ -59,3 +68,80 @@ def assert_close(actual, desired, rtol, atol=0.0):
             atol=atol,
             err_msg=jax.tree_util.keystr(path),
         )
+
+
+def hard_numbers(dtype, seed=0):
+    """Normal and tiny values, subnormals of `dtype` and both zeros among them."""
+    rng, info = np.random.default_rng(seed), jnp.finfo(dtype)
+    x = rng.standard_normal(4096)
+    tiny = rng.random(4096) < 0.5
+    x = np.where(tiny, x * 2.0 ** (int(info.minexp) - 3), x)
+    x[:2] = 0.0, -0.0
+    return jnp.asarray(x, dtype)
+
+
+def assert_average_follows(tx, params, grads):
+    """Before averaging begins: the average is the params bit for bit.
+
+    Step by step, in one fused step, in a scan, in several unrolled, with the update
+    apart, and with a step whose number the compiler knows.
+    """
+
+    def run_with(step):
+        def run(p, state):
+            for g in grads:
+                p, state = step(p, state, g)
+            return p, state
+
+        return run
+
+    unrolled = run_with(partial(train_step, tx))
+
+    def scanned(p, state):
+        step = lambda carry, g: (train_step(tx, *carry, g), None)  # noqa: E731
+        return jax.lax.scan(step, (p, state), grads)[0]
+
+    update = jax.jit(tx.update)
+
+    def step_apart(p, state, g):
+        updates, state = update(g, state, p)
+        return optax.apply_updates(p, updates), state
+
+    @jax.jit
+    def first(g, p):
+        return tx.update(g, tx.init(p), p)
+
+    def begun_inside(p, state):
+        updates, state = first(grads[0], p)
+        return optax.apply_updates(p, updates), state
+
+    for run in (
+        unrolled,
+        run_with(jax.jit(partial(train_step, tx))),
+        jax.jit(unrolled),
+        jax.jit(scanned),
+        run_with(step_apart),
+        begun_inside,
+    ):
+        p, state = run(params, tx.init(params))
+        assert bits(p) != bits(params)
+        assert bits(averaged_params(state, p)) == bits(p)
+        # Nor is anything hidden below the params' own precision.
+        assert bits(averaged_params(state).astype(p.dtype)) == bits(p)
+        assert bits(averaged_params(state)) == bits(p.astype(jnp.float32))
+
+
+# Name, and the value of its parameter: uniform has none.
+WEIGHTINGS = [
+    ("uniform", None),
+    *(("polynomial", gamma) for gamma in (0.0, 1.0, 3.0)),
+    *(("exponential", decay) for decay in (0.0, 0.9, 0.999)),
+]
+
+
+def make_weighting(name, value):
+    if name == "uniform":
+        return uniform_weighting()
+    return {"polynomial": polynomial_weighting, "exponential": exponential_weighting}[
+        name
+    ](value)

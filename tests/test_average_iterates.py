@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`average_iterates`, the weightings and `running_average`."""
+"""`average_iterates`: direct sums, counting, half precision, what it costs."""
 
 import itertools
 import re
@@ -11,41 +11,40 @@ import optax
 import pytest
 
 from asgd_optax import (
-    CompensatedMean,
     asgd,
     average_iterates,
     averaged_params,
     exponential_weighting,
     polynomial_weighting,
     running_average,
-    uniform_weighting,
 )
 from tests import reference
-from tests.support import assert_close, bits, enable_x64, precision_of, train_step
-from tests.test_exactness import assert_average_follows, hard_numbers
+from tests.support import (
+    WEIGHTINGS,
+    assert_average_follows,
+    bits,
+    enable_x64,
+    hard_numbers,
+    make_weighting,
+    precision_of,
+    train_step,
+)
 
 INT32_MAX = 2**31 - 1
+
+
 EPS = float(np.finfo(np.float32).eps)
 
-# Name, and the value of its parameter: uniform has none.
-WEIGHTINGS = [
-    ("uniform", None),
-    *(("polynomial", gamma) for gamma in (0.0, 1.0, 3.0)),
-    *(("exponential", decay) for decay in (0.0, 0.9, 0.999)),
-]
+
 STARTS = [0, 1, 5, 7.0, np.inf]
+
+
 EVERIES = [1, 2, 3]
 
 
-def make_weighting(name, value):
-    if name == "uniform":
-        return uniform_weighting()
-    return {"polynomial": polynomial_weighting, "exponential": exponential_weighting}[
-        name
-    ](value)
-
-
 STEPS = np.random.default_rng(0).standard_normal((20, 3))  # the updates
+
+
 ITERATES = 1 + np.cumsum(STEPS, axis=0)
 
 
@@ -135,13 +134,6 @@ def test_vmap_equals_a_loop(name, values, starts):
             np.testing.assert_allclose(row, alone, rtol=1e-13)
 
 
-def test_the_gradient_over_decay_at_zero():
-    """There (1 - d)/(1 - d^n) falls as 1 - d, but for n = 1."""
-    for n, slope in ((1, 0.0), (2, -1.0), (5, -1.0)):
-        weight = lambda decay, n=n: exponential_weighting(decay)(n)  # noqa: E731
-        assert float(jax.grad(weight)(0.0)) == slope
-
-
 @pytest.mark.parametrize(
     ("name", "values"),
     [("polynomial", [0.5, 1.0, 3.0]), ("exponential", [0.3, 0.9, 0.999])],
@@ -195,29 +187,6 @@ def test_plain_sgd_equals_scikit_learns_averaged_regression(penalty):
         ours = averaged_params(state)
     np.testing.assert_allclose(ours["coef"], sklearns.coef_, rtol=1e-12)
     np.testing.assert_allclose(ours["intercept"], sklearns.intercept_[0], rtol=1e-12)
-
-
-@pytest.mark.parametrize("decay", [0.0, 0.5, 0.9, 0.999, 0.9999, 0.99999])
-def test_exponential_weights_in_float32(decay):
-    weight = exponential_weighting(decay)
-    compiled = jax.jit(weight)
-    forget = 1 - np.longdouble(decay)
-    for n in (1, 2, 10, 10**3, 10**5, 10**7):
-        with np.errstate(divide="ignore"):  # at decay 0
-            exact = float(forget / -np.expm1(n * np.log1p(-forget)))
-        for found in (weight(jnp.int32(n)), compiled(n)):
-            assert found.dtype == jnp.float32
-            np.testing.assert_allclose(found, exact, rtol=4 * EPS, err_msg=f"n = {n}")
-
-
-@pytest.mark.parametrize("make", [exponential_weighting, polynomial_weighting])
-def test_the_first_weight_is_exactly_1(make):
-    """Or the first averaged iterate would not be the average, bit for bit."""
-    values = np.append(np.random.default_rng(0).random(1000), [0, 0.9, 0.999, 0.9999])
-    first = jax.jit(jax.vmap(lambda value: make(value)(jnp.int32(1))))(values)
-    np.testing.assert_array_equal(first, 1)
-    for value in (0.0, 0.5, 0.7, 0.9, 0.999, 0.99999):
-        assert float(make(value)(jnp.int32(1))) == 1
 
 
 CUSTOM = {
@@ -396,29 +365,6 @@ def test_start_and_every_changed_in_mid_run(starts, everies):
         assert int(state.inner_state.averaged) == len(taken)
 
 
-@pytest.mark.parametrize("decay", [1.0, 1.5, np.inf])
-def test_a_traced_decay_of_1_or_more_gives_the_uniform_mean(decay):
-    """It cannot be refused, and is not to make NaN of an average that was fine."""
-
-    @jax.jit
-    def weight(decay, n):
-        return exponential_weighting(decay)(n)
-
-    for n in (1, 2, 7, 10**6):
-        np.testing.assert_allclose(weight(decay, n), 1 / n, rtol=EPS)
-        # It is the limit.
-        np.testing.assert_allclose(weight(1 - EPS, 7), 1 / 7, rtol=1e-5)
-    slope = jax.jit(jax.grad(lambda d: exponential_weighting(d)(jnp.int32(3))))
-    assert np.isfinite(slope(decay))
-
-
-@pytest.mark.parametrize("decay", [-0.1, -1.0, -7.0])
-def test_a_traced_decay_below_0_counts_as_0(decay):
-    weight = jax.jit(lambda d, n: exponential_weighting(d)(n))
-    for n in (1, 2, 7):
-        assert float(weight(decay, n)) == 1
-
-
 PARAMS = {"w": jnp.ones((2, 3)), "b": [jnp.ones(3)]}
 
 
@@ -507,65 +453,6 @@ def test_a_state_of_another_tree():
     state = tx.init({**PARAMS, "w": jnp.ones(1)})
     with pytest.raises(ValueError, match=r"^state.average\['w'\] has shape \(1,\)"):
         tx.update(PARAMS, state, PARAMS)
-
-
-BATCHES = [
-    {"mean": x[0], "var": [x[1:].reshape(1, 2)]}
-    for x in np.random.default_rng(0).standard_normal((12, 3))
-]
-
-
-@pytest.mark.parametrize("compensated", [False, True])
-@pytest.mark.parametrize(("name", "value"), WEIGHTINGS[::3])
-def test_running_average_equals_numpys(name, value, compensated):
-    """Step by step, jitted and in a scan: of NumPy's arrays in float64."""
-    with enable_x64(True):
-        mean = running_average(make_weighting(name, value), compensated=compensated)
-        init = {"mean": np.float64(7), "var": [np.full((1, 2), 7.0)]}
-        state = mean.init(init)
-        assert isinstance(state.average, CompensatedMean) == compensated
-        assert_close(mean.value(state), init, rtol=0)
-
-        count = len(BATCHES)
-        weights = reference.weighting_shares(name, value, count)
-        expected = jax.tree.map(
-            lambda *xs: np.average(xs, axis=0, weights=weights), *BATCHES
-        )
-        update, stepped = jax.jit(mean.update), state
-        for batch in BATCHES:
-            stepped = update(stepped, batch)
-        stacked = jax.tree.map(lambda *xs: np.stack(xs), *BATCHES)
-        scanned, _ = jax.lax.scan(
-            lambda s, x: (mean.update(s, x), None), state, stacked
-        )
-        for final in (stepped, scanned):
-            assert int(final.step) == count
-            assert_close(mean.value(final), expected, rtol=1e-13, atol=1e-13)
-
-
-def test_running_average_outside_of_jit_keeps_precision_and_input():
-    mean = running_average()
-    first = np.array([1.0, 2.0], jnp.bfloat16)
-    state = mean.update(mean.init(first), first)
-    assert mean.value(state).dtype == jnp.float32
-    state = mean.update(state, np.array([2.0, 2.015625], jnp.bfloat16))
-    # Between two neighbours of bfloat16.
-    np.testing.assert_array_equal(mean.value(state), [1.5, 2.0078125])
-    np.testing.assert_array_equal(first, np.array([1.0, 2.0], jnp.bfloat16))
-
-
-@pytest.mark.parametrize(
-    ("tree", "error", "message"),
-    [
-        ({"a": np.ones(3)}, ValueError, r"^tree\['a'\] has shape \(3,\)"),
-        ({"b": np.ones(2)}, ValueError, "^tree and state.average differ"),
-        ({"a": np.ones(2, int)}, TypeError, r"^tree\['a'\] is int32"),
-    ],
-)
-def test_running_average_of_a_tree_that_does_not_fit(tree, error, message):
-    mean = running_average()
-    with pytest.raises(error, match=message):
-        mean.update(mean.init({"a": np.ones(2)}), tree)
 
 
 SIZE = 2**20

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`asgd` held against the plain reference, step by step, state and params."""
+"""`asgd`: against the plain reference step by step, and when averaging begins."""
 
 from functools import partial
 
@@ -11,12 +11,18 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from asgd_optax import asgd, averaged_params
+from asgd_optax import (
+    asgd,
+    averaged_params,
+)
 from tests import reference
 from tests.support import precision_of, random_tree, train_step
 
 STEPS = 12
+
+
 DTYPES = ["float32", "float64", "complex64", "complex128"]
+
 
 hyperparameters = st.fixed_dictionaries(
     {
@@ -152,3 +158,73 @@ def test_maximize_is_a_negated_gradient_bit_for_bit(dtype):
     down, _ = tx.update(jax.tree.map(jnp.negative, grads), tx.init(params), params)
     for a, b in zip(jax.tree.leaves(up), jax.tree.leaves(down), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+INT32_MAX = 2**31 - 1
+
+
+def _mu(step, t0):
+    tx = asgd(0.1, t0=t0)
+    state = tx.init(jnp.zeros(()))._replace(step=jnp.asarray(step, jnp.int32))
+    return tx.update(jnp.zeros(()), state, jnp.zeros(()))[1].mu
+
+
+@pytest.mark.parametrize("kind", ["python", "float array", "int array", "traced"])
+@pytest.mark.parametrize("t0", [0, 7, 2**24, 2**24 + 2, 2**30, INT32_MAX - 1])
+def test_averaging_begins_at_t0_plus_2(t0, kind):
+    """The weight at t0 - 1, t0 and t0 + 1 is 1, at t0 + 2 a half; at large t0 too.
+
+    As a float32 the last of these is 2**31, which no step reaches.
+    """
+    steps = [n for n in range(t0 - 2, t0 + 4) if 0 <= n < INT32_MAX]
+    value = {"python": t0, "int array": np.int32(t0)}.get(kind, np.float32(t0))
+    for step in steps:
+        if kind == "traced":
+            found = jax.jit(lambda t, n=step: _mu(n, t))(value)
+        else:
+            found = _mu(step, value)
+        expected = 1 / max(1, step + 1 - float(value))
+        assert float(found) == np.float32(expected), (step, t0)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("t0", [0.5, 2.25, 2.999, 2**20 + 0.5])
+def test_a_fractional_t0(t0, traced):
+    for step in range(int(t0), int(t0) + 5):
+        mu = jax.jit(_mu, static_argnums=0)(step, t0) if traced else _mu(step, t0)
+        expected = 1 / max(1, step + 1 - float(np.float32(t0)))
+        np.testing.assert_allclose(mu, expected, rtol=2e-7)
+
+
+@pytest.mark.parametrize("t0", [np.inf, 2.0**31, INT32_MAX, 10**12, 1e30])
+def test_a_t0_never_reached(t0):
+    values = [t0, jnp.asarray(t0, jnp.float32)]
+    for value in values:
+        for step in (0, 5, INT32_MAX - 1, INT32_MAX):
+            assert float(_mu(step, value)) == 1
+            assert float(jax.jit(_mu, static_argnums=0)(step, float(t0))) == 1
+
+
+def test_the_counter_saturates():
+    tx = asgd(0.1, t0=5)
+    params = jnp.ones(3)
+    state = tx.init(params)._replace(step=jnp.asarray(INT32_MAX - 1, jnp.int32))
+    for _ in range(3):
+        params, state = jax.jit(train_step, static_argnums=0)(tx, params, state, params)
+        assert state.step.dtype == jnp.int32
+        assert int(state.step) == INT32_MAX
+        np.testing.assert_allclose(float(state.mu), 1 / (INT32_MAX - 5), rtol=1e-7)
+
+
+def test_injected_t0_above_2_to_the_24():
+    """inject_hyperparams turns t0 into a float32 array; the steps stay exact."""
+    t0 = 2.0**24
+    tx = optax.inject_hyperparams(asgd)(learning_rate=0.1, t0=t0)
+    params = jnp.ones(())
+    state = tx.init(params)
+    found = []
+    for n in range(2**24 - 1, 2**24 + 5):
+        inner = state.inner_state._replace(step=jnp.asarray(n, jnp.int32))
+        _, new = tx.update(params, state._replace(inner_state=inner), params)
+        found.append(float(new.inner_state.mu))
+    assert found == [np.float32(1 / max(1, k)) for k in range(6)]

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What must hold to the bit, or to a stated number of units in the last place."""
-
-from functools import partial
+"""The kernel: what must hold to the bit, or to a number of units in the last place."""
 
 import jax
 import jax.numpy as jnp
@@ -17,137 +15,13 @@ from asgd_optax import (
     running_average,
     track_random_scaling,
 )
-from tests.support import bits, enable_x64, train_step
-
-INT32_MAX = 2**31 - 1
-
-
-@pytest.mark.parametrize("kind", ["python", "float array", "int array", "traced"])
-@pytest.mark.parametrize("t0", [0, 7, 2**24, 2**24 + 2, 2**30, INT32_MAX - 1])
-def test_averaging_begins_at_t0_plus_2(t0, kind):
-    """The weight at t0 - 1, t0 and t0 + 1 is 1, at t0 + 2 a half; at large t0 too.
-
-    As a float32 the last of these is 2**31, which no step reaches.
-    """
-    steps = [n for n in range(t0 - 2, t0 + 4) if 0 <= n < INT32_MAX]
-    value = {"python": t0, "int array": np.int32(t0)}.get(kind, np.float32(t0))
-    for step in steps:
-        if kind == "traced":
-            found = jax.jit(lambda t, n=step: _mu(n, t))(value)
-        else:
-            found = _mu(step, value)
-        expected = 1 / max(1, step + 1 - float(value))
-        assert float(found) == np.float32(expected), (step, t0)
-
-
-def _mu(step, t0):
-    tx = asgd(0.1, t0=t0)
-    state = tx.init(jnp.zeros(()))._replace(step=jnp.asarray(step, jnp.int32))
-    return tx.update(jnp.zeros(()), state, jnp.zeros(()))[1].mu
-
-
-@pytest.mark.parametrize("traced", [False, True])
-@pytest.mark.parametrize("t0", [0.5, 2.25, 2.999, 2**20 + 0.5])
-def test_a_fractional_t0(t0, traced):
-    for step in range(int(t0), int(t0) + 5):
-        mu = jax.jit(_mu, static_argnums=0)(step, t0) if traced else _mu(step, t0)
-        expected = 1 / max(1, step + 1 - float(np.float32(t0)))
-        np.testing.assert_allclose(mu, expected, rtol=2e-7)
-
-
-@pytest.mark.parametrize("t0", [np.inf, 2.0**31, INT32_MAX, 10**12, 1e30])
-def test_a_t0_never_reached(t0):
-    values = [t0, jnp.asarray(t0, jnp.float32)]
-    for value in values:
-        for step in (0, 5, INT32_MAX - 1, INT32_MAX):
-            assert float(_mu(step, value)) == 1
-            assert float(jax.jit(_mu, static_argnums=0)(step, float(t0))) == 1
-
-
-def test_the_counter_saturates():
-    tx = asgd(0.1, t0=5)
-    params = jnp.ones(3)
-    state = tx.init(params)._replace(step=jnp.asarray(INT32_MAX - 1, jnp.int32))
-    for _ in range(3):
-        params, state = jax.jit(train_step, static_argnums=0)(tx, params, state, params)
-        assert state.step.dtype == jnp.int32
-        assert int(state.step) == INT32_MAX
-        np.testing.assert_allclose(float(state.mu), 1 / (INT32_MAX - 5), rtol=1e-7)
-
-
-def test_injected_t0_above_2_to_the_24():
-    """inject_hyperparams turns t0 into a float32 array; the steps stay exact."""
-    t0 = 2.0**24
-    tx = optax.inject_hyperparams(asgd)(learning_rate=0.1, t0=t0)
-    params = jnp.ones(())
-    state = tx.init(params)
-    found = []
-    for n in range(2**24 - 1, 2**24 + 5):
-        inner = state.inner_state._replace(step=jnp.asarray(n, jnp.int32))
-        _, new = tx.update(params, state._replace(inner_state=inner), params)
-        found.append(float(new.inner_state.mu))
-    assert found == [np.float32(1 / max(1, k)) for k in range(6)]
-
-
-def hard_numbers(dtype, seed=0):
-    """Normal and tiny values, subnormals of `dtype` and both zeros among them."""
-    rng, info = np.random.default_rng(seed), jnp.finfo(dtype)
-    x = rng.standard_normal(4096)
-    tiny = rng.random(4096) < 0.5
-    x = np.where(tiny, x * 2.0 ** (int(info.minexp) - 3), x)
-    x[:2] = 0.0, -0.0
-    return jnp.asarray(x, dtype)
-
-
-def assert_average_follows(tx, params, grads):
-    """Before averaging begins: the average is the params bit for bit.
-
-    Step by step, in one fused step, in a scan, in several unrolled, with the update
-    apart, and with a step whose number the compiler knows.
-    """
-
-    def run_with(step):
-        def run(p, state):
-            for g in grads:
-                p, state = step(p, state, g)
-            return p, state
-
-        return run
-
-    unrolled = run_with(partial(train_step, tx))
-
-    def scanned(p, state):
-        step = lambda carry, g: (train_step(tx, *carry, g), None)  # noqa: E731
-        return jax.lax.scan(step, (p, state), grads)[0]
-
-    update = jax.jit(tx.update)
-
-    def step_apart(p, state, g):
-        updates, state = update(g, state, p)
-        return optax.apply_updates(p, updates), state
-
-    @jax.jit
-    def first(g, p):
-        return tx.update(g, tx.init(p), p)
-
-    def begun_inside(p, state):
-        updates, state = first(grads[0], p)
-        return optax.apply_updates(p, updates), state
-
-    for run in (
-        unrolled,
-        run_with(jax.jit(partial(train_step, tx))),
-        jax.jit(unrolled),
-        jax.jit(scanned),
-        run_with(step_apart),
-        begun_inside,
-    ):
-        p, state = run(params, tx.init(params))
-        assert bits(p) != bits(params)
-        assert bits(averaged_params(state, p)) == bits(p)
-        # Nor is anything hidden below the params' own precision.
-        assert bits(averaged_params(state).astype(p.dtype)) == bits(p)
-        assert bits(averaged_params(state)) == bits(p.astype(jnp.float32))
+from tests.support import (
+    assert_average_follows,
+    bits,
+    enable_x64,
+    hard_numbers,
+    train_step,
+)
 
 
 @pytest.mark.parametrize("compensated", [False, True])
