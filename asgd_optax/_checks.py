@@ -19,14 +19,20 @@ def concrete(value: Any) -> np.float64:
     """A number that is not traced; of a complex one the real part.
 
     By way of NumPy: inside of a trace JAX would make a tracer of a concrete array.
-    `optax.inject_hyperparams` makes numbers complex where the parameters are.
+    `optax.inject_hyperparams` makes numbers complex where the parameters are. An
+    integer past the range of floats counts as infinite.
     """
-    return np.float64(np.real(np.asarray(value)))
+    try:
+        return np.float64(np.real(np.asarray(value)))
+    except OverflowError:
+        return np.float64(np.inf if value > 0 else -np.inf)
 
 
 def check_scalar(name: str, value: Any) -> None:
     """Raises unless `value` is one number, traced or not."""
-    if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
+    dtype = getattr(value, "dtype", jnp.bool_)
+    numeric = jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)
+    if isinstance(value, str | bytes) or not hasattr(value, "__float__") or not numeric:
         raise TypeError(f"{name} must be a number; got {value!r}")
     if np.ndim(value) != 0:
         raise ValueError(f"{name} must be a scalar; got shape {np.shape(value)}")

@@ -52,24 +52,6 @@ def bits(tree):
     ]
 
 
-def assert_close(actual, desired, rtol, atol=0.0):
-    """Trees of one structure, leaf for leaf, with the leaf's path in the message."""
-    assert jax.tree.structure(actual) == jax.tree.structure(desired)
-    pairs = zip(
-        jax.tree_util.tree_leaves_with_path(actual),
-        jax.tree.leaves(desired),
-        strict=True,
-    )
-    for (path, a), d in pairs:
-        np.testing.assert_allclose(
-            np.asarray(a),
-            np.asarray(d),
-            rtol=rtol,
-            atol=atol,
-            err_msg=jax.tree_util.keystr(path),
-        )
-
-
 def hard_numbers(dtype, seed=0):
     """Normal and tiny values, subnormals of `dtype` and both zeros among them."""
     rng, info = np.random.default_rng(seed), jnp.finfo(dtype)

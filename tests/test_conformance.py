@@ -3,6 +3,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,6 @@ import pytest
 
 from asgd_optax import averaged_params
 from tests.support import (
-    assert_close,
     bits,
     enable_x64,
     precision_of,
@@ -81,13 +81,17 @@ def trained(name):
 def test_jit_equals_eager(row):
     tx, params, grads = row.make(), random_tree(0, "float32"), gradients()
     compiled = jax.jit(train_step, static_argnums=0)
-    assert_close(train(tx, params, grads, compiled), trained(row.name), 1e-6, 1e-6)
+    chex.assert_trees_all_close(
+        train(tx, params, grads, compiled), trained(row.name), rtol=1e-6, atol=1e-6
+    )
 
 
 @each_row
 def test_scan_equals_loop(row):
     tx, params, grads = row.make(), random_tree(0, "float32"), gradients()
-    assert_close(train_in_a_scan(tx, params, grads), trained(row.name), 1e-6, 1e-6)
+    chex.assert_trees_all_close(
+        train_in_a_scan(tx, params, grads), trained(row.name), rtol=1e-6, atol=1e-6
+    )
 
 
 @each_row
@@ -108,7 +112,7 @@ def test_vmap_over_hyperparameters_equals_a_loop(row):
     )
     for i, hyperparameters in enumerate(sets):
         one = jax.tree.map(lambda x, i=i: x[i], batch)
-        assert_close(one, run(hyperparameters), 2e-6, 2e-6)
+        chex.assert_trees_all_close(one, run(hyperparameters), rtol=2e-6, atol=2e-6)
 
 
 @smooth_in_hyperparameters
@@ -162,19 +166,17 @@ def test_a_donated_state_takes_no_hyperparameter_with_it(row):
 
 @each_row
 def test_one_compilation_serves_all_steps(row):
-    traces = 0
+    chex.clear_trace_counter()
 
     @jax.jit
+    @chex.assert_max_traces(1)
     def step(params, state, g):
-        nonlocal traces
-        traces += 1
         return train_step(tx, params, state, g)
 
     tx, params = row.make(), random_tree(0, "float32")
     state = tx.init(params)
     for g in gradients():
         params, state = step(params, state, g)
-    assert traces == 1
 
 
 @each_row_and_dtype(DTYPES)
@@ -241,7 +243,9 @@ def test_an_injected_hyperparameter_acts_at_once(row):
         values = {**state.hyperparams, name: jnp.asarray(1.5 * value)}
         changed = state._replace(hyperparams=values)
         found_p, found = step(injected, p, changed, grads[0])
-        assert_close((found_p, found.inner_state), expected, 2e-6, 2e-6)
+        chex.assert_trees_all_close(
+            (found_p, found.inner_state), expected, rtol=2e-6, atol=2e-6
+        )
         assert bits(untouched) != bits(expected), name
 
 
@@ -271,7 +275,9 @@ def test_inject_hyperparams_in_the_dtype_of_the_params(row, dtype):
     p, state = train(injected, params, grads, jax.jit(train_step, static_argnums=0))
     expected = train(row.make(**rounded), params, grads)
     tolerance = 1e-6 if dtype == "complex64" else 1e-2
-    assert_close((p, state.inner_state), expected, tolerance, 1e-6)
+    chex.assert_trees_all_close(
+        (p, state.inner_state), expected, rtol=tolerance, atol=1e-6
+    )
 
 
 @each_row
@@ -285,9 +291,12 @@ def test_multi_steps(row):
         for pair in zip(grads[::2], grads[1::2], strict=True)
     ]
     expected_p, expected = train(tx, params, halves)
-    assert_close(p, expected_p, 1e-5, 1e-6)
-    assert_close(
-        averaged_params(state, p), averaged_params(expected, expected_p), 1e-5, 1e-6
+    chex.assert_trees_all_close(p, expected_p, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(
+        averaged_params(state, p),
+        averaged_params(expected, expected_p),
+        rtol=1e-5,
+        atol=1e-6,
     )
 
 
@@ -307,7 +316,9 @@ def test_masked(row, mask):
     average = averaged_params(state, p)
     whole_p, whole = trained(row.name)
     expected = averaged_params(whole, whole_p)
-    assert_close(average["a"]["matrix"], expected["a"]["matrix"], 1e-6, 1e-6)
+    chex.assert_trees_all_close(
+        average["a"]["matrix"], expected["a"]["matrix"], rtol=1e-6, atol=1e-6
+    )
     masked_away = average["a"]["scalar"] if mask == "leaf" else average["b"]
     taken_from = p["a"]["scalar"] if mask == "leaf" else p["b"]
     assert bits(masked_away) == bits(taken_from)
@@ -336,7 +347,7 @@ def test_partition_merges(row, labels):
         averaged_params(two_state, two_p),
     )
     for found in (averaged_params(state, p), averaged_params(state)):
-        assert_close(found, choose, 1e-6, 1e-6)
+        chex.assert_trees_all_close(found, choose, rtol=1e-6, atol=1e-6)
 
 
 @each_row
@@ -347,7 +358,9 @@ def test_apply_if_finite(row):
     bad = jax.tree.map(lambda x: x * jnp.nan, grads[0])
     found_p, found = train(tx, params, [*grads[:3], bad, *grads[3:]], step)
     p, state = trained(row.name)
-    assert_close(averaged_params(found, found_p), averaged_params(state, p), 1e-6, 1e-6)
+    chex.assert_trees_all_close(
+        averaged_params(found, found_p), averaged_params(state, p), rtol=1e-6, atol=1e-6
+    )
 
 
 @each_row
@@ -383,7 +396,7 @@ def test_params_that_are_no_jax_arrays(row, params):
     state = tx.init(params)
     updates, state = tx.update(0.5 * params, state, params)
     p = optax.apply_updates(params, updates)
-    assert_close(averaged_params(state), p, 1e-7)
+    chex.assert_trees_all_close(averaged_params(state), p, rtol=1e-7)
 
 
 @each_row
@@ -444,7 +457,9 @@ def test_nnx_optimizer(row):
     p, state = start, by_hand.init(start)
     for _ in range(STEPS):
         p, state = train_step(by_hand, p, state, jax.grad(loss)(p))
-    assert_close(averaged_params(state, p), average, 1e-5, 1e-6)
+    chex.assert_trees_all_close(
+        averaged_params(state, p), average, rtol=1e-5, atol=1e-6
+    )
     nnx.update(model, average)  # the network now computes with its average
     assert bool(jnp.all(jnp.isfinite(model(x))))
 

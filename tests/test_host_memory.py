@@ -4,6 +4,7 @@
 What a TPU's compiler makes of it is in `tests/tpu`.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from asgd_optax import average_iterates, averaged_params, running_average
-from tests.support import assert_close, bits, train_step
+from tests.support import bits, train_step
 from tests.transformations import ROWS
 
 STEPS = 4
@@ -121,7 +122,7 @@ def test_eager_and_in_a_scan():
     scanned, _ = jax.lax.scan(body, (parameters(), state), jnp.arange(STEPS))
     assert kinds(averaged_params(scanned[1])) == {"pinned_host"}
     for actual in (eager, scanned):
-        assert_close(actual, expected, 1e-5, 1e-6)
+        chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_state_made_there():
@@ -140,4 +141,6 @@ def test_a_running_average():
     update = jax.jit(mean.update, donate_argnums=0)
     state = update(update(state, tree), jax.tree.map(lambda x: 3 * x, tree))
     assert kinds(mean.value(state)) == {"pinned_host"}
-    assert_close(mean.value(state), jax.tree.map(lambda x: 2 * x, tree), 1e-6)
+    chex.assert_trees_all_close(
+        mean.value(state), jax.tree.map(lambda x: 2 * x, tree), rtol=1e-6
+    )

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import time
 
+import chex
 import jax
 import numpy as np
 import pytest
 
 from tests import process_worker
 from tests.process_worker import SAVED, STEPS
-from tests.support import assert_close, bits
+from tests.support import bits
 
 pytestmark = pytest.mark.flax
 TIMEOUT = 120  # seconds, for what takes a tenth of it
@@ -74,17 +75,23 @@ def test_two_processes_are_as_good_as_one(tmp_path):
 
     # They trained alike.
     at_save = written(tmp_path / "at_save.npz", whole)
-    assert_close(at_save, half, 1e-5, 1e-6)
-    assert_close(written(tmp_path / "trained.npz", whole), whole, 1e-5, 1e-6)
+    chex.assert_trees_all_close(at_save, half, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(
+        written(tmp_path / "trained.npz", whole), whole, rtol=1e-5, atol=1e-6
+    )
     # Two restored what one has saved, and went on from it.
     assert bits(written(tmp_path / "restored.npz", whole)) == bits(half)
-    assert_close(written(tmp_path / "resumed.npz", whole), whole, 1e-5, 1e-6)
+    chex.assert_trees_all_close(
+        written(tmp_path / "resumed.npz", whole), whole, rtol=1e-5, atol=1e-6
+    )
     # One restores what two have saved, and goes on from it.
     step, restored = process_worker.restore(tmp_path / "of_two", mesh)
     assert step == SAVED
     assert bits(process_worker.gathered(*restored)) == bits(at_save)
     resumed = process_worker.train(*restored, mesh, range(SAVED, STEPS))
-    assert_close(process_worker.gathered(*resumed), whole, 1e-5, 1e-6)
+    chex.assert_trees_all_close(
+        process_worker.gathered(*resumed), whole, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_a_process_killed_in_the_middle_of_a_save(tmp_path):
@@ -108,7 +115,7 @@ def test_a_process_killed_in_the_middle_of_a_save(tmp_path):
     step, restored = process_worker.restore(tmp_path / "of_two", mesh)
     assert step == SAVED
     saved = process_worker.train(*process_worker.start(mesh), mesh, range(SAVED))
-    assert_close(restored, saved, 1e-5, 1e-6)
+    chex.assert_trees_all_close(restored, saved, rtol=1e-5, atol=1e-6)
     # What is left of the other save is not in the way of the next.
     new = process_worker.train(*restored, mesh, range(SAVED, STEPS))
     process_worker.save(tmp_path / "of_two", STEPS, *new)

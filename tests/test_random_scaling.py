@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +23,7 @@ from asgd_optax import (
 )
 from asgd_optax._averaging import init_mean, update_mean
 from tests import reference
-from tests.support import assert_close, bits, precision_of, random_tree
+from tests.support import bits, precision_of, random_tree
 
 # Abadir & Paruolo (1997), Table I, as Lee et al. (2022) quote it.
 PUBLISHED = {0.80: 3.875, 0.90: 5.323, 0.95: 6.747, 0.98: 8.613}
@@ -287,10 +288,12 @@ def test_intervals_of_several_runs():
 
     states = jax.vmap(run)(jnp.array([0, 5]), jnp.arange(2.0))
     found = confidence_interval(states)
-    assert_close(found, jax.vmap(confidence_interval)(states), 1e-6)
+    chex.assert_trees_all_close(found, jax.vmap(confidence_interval)(states), rtol=1e-6)
     for i, start in enumerate([0, 5]):
         one = jax.tree.map(lambda x, i=i: x[i], found)
-        assert_close(one, confidence_interval(run(start, float(i))), 1e-5)
+        chex.assert_trees_all_close(
+            one, confidence_interval(run(start, float(i))), rtol=1e-5
+        )
     assert bool(jnp.isnan(found.lower["w"][1]).all())
 
 
@@ -307,7 +310,9 @@ def test_in_jit_and_inject_hyperparams():
         _, plain = plain_tx.update(steps, plain, p)
     found = jax.jit(functools.partial(confidence_interval, level=0.8))(state)
     assert isinstance(found, ConfidenceInterval)
-    assert_close(found, confidence_interval(plain, 0.8), 1e-6, 1e-6)
+    chex.assert_trees_all_close(
+        found, confidence_interval(plain, 0.8), rtol=1e-6, atol=1e-6
+    )
 
 
 @pytest.mark.flax

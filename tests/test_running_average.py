@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`running_average` against NumPy's own, jitted, in a scan and outside of both."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,7 @@ from asgd_optax import (
     running_average,
 )
 from tests import reference
-from tests.support import WEIGHTINGS, assert_close, enable_x64, make_weighting
+from tests.support import WEIGHTINGS, enable_x64, make_weighting
 
 BATCHES = [
     {"mean": x[0], "var": [x[1:].reshape(1, 2)]}
@@ -28,7 +29,7 @@ def test_running_average_equals_numpys(name, value, compensated):
         init = {"mean": np.float64(7), "var": [np.full((1, 2), 7.0)]}
         state = mean.init(init)
         assert isinstance(state.average, CompensatedMean) == compensated
-        assert_close(mean.value(state), init, rtol=0)
+        chex.assert_trees_all_close(mean.value(state), init, rtol=0)
 
         count = len(BATCHES)
         weights = reference.weighting_shares(name, value, count)
@@ -44,7 +45,9 @@ def test_running_average_equals_numpys(name, value, compensated):
         )
         for final in (stepped, scanned):
             assert int(final.step) == count
-            assert_close(mean.value(final), expected, rtol=1e-13, atol=1e-13)
+            chex.assert_trees_all_close(
+                mean.value(final), expected, rtol=1e-13, atol=1e-13
+            )
 
 
 def test_running_average_outside_of_jit_keeps_precision_and_input():

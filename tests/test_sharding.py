@@ -5,6 +5,7 @@ import functools
 import operator
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from asgd_optax import asgd, averaged_params
-from tests.support import assert_close, bits, train_step
+from tests.support import bits, train_step
 from tests.transformations import ROWS
 
 if hasattr(jax, "shard_map"):
@@ -45,7 +46,7 @@ ALL = tuple(SPECS)
 FEW = ("data", "model")
 # Whether XLA contracts a product and a sum of the update into one rounding depends on
 # the shape of the piece and on what is compiled along with it.
-ROUNDINGS = 1e-6, 1e-6
+ROUNDINGS = {"rtol": 1e-6, "atol": 1e-6}
 COLLECTIVES = re.compile(
     r" (all-gather|all-reduce|all-to-all|collective-\w+|ragged-all-to-all|"
     r"reduce-scatter|send|recv)(-start)?\("
@@ -159,7 +160,7 @@ def test_jit_over_a_mesh(row):
         assert_sharded_as_params(read(state), params)
         assert_sharded_as_params(read(state, params), params)
     everything = (params, state, averaged_params(state))
-    assert_close(everything, on_one_device(row.name, ALL), *ROUNDINGS)
+    chex.assert_trees_all_close(everything, on_one_device(row.name, ALL), **ROUNDINGS)
 
 
 if EXPLICIT:
@@ -206,7 +207,7 @@ def test_pmap(row):
         for replica in range(devices)
     )
     assert all(bits(other) == bits(first) for other in others)
-    assert_close(first, on_one_device(row.name, FEW), *ROUNDINGS)
+    chex.assert_trees_all_close(first, on_one_device(row.name, FEW), **ROUNDINGS)
 
 
 @each_row
@@ -236,7 +237,9 @@ def test_shard_map(row):
     average = over_the_mesh(averaged_params, both[1:], both[0])(state)
     assert_sharded_as_params(average, params)
     assert params["data"].sharding.is_equivalent_to(NamedSharding(mesh, split), 2)
-    assert_close((params, state, average), on_one_device(row.name, FEW), *ROUNDINGS)
+    chex.assert_trees_all_close(
+        (params, state, average), on_one_device(row.name, FEW), **ROUNDINGS
+    )
 
 
 # The errors of many devices are JAX's own: it raises them before it computes, and
@@ -275,7 +278,7 @@ def test_params_and_state_in_two_layouts():
     step = jax.jit(functools.partial(train_step, tx))
     grads = sharded(tree(1, ALL), mesh_of())
     expected = step(params, jax.jit(tx.init)(params), grads)
-    assert_close(step(params, state, grads), expected, *ROUNDINGS)
+    chex.assert_trees_all_close(step(params, state, grads), expected, **ROUNDINGS)
 
 
 @pytest.mark.parametrize("how", ["pmap", "jit"])
