@@ -163,6 +163,16 @@ def state_from_torch(
       >>> int(state.step), state.ax["kernel"].shape
       (5, (3, 2))
 
+      An `nnx.Optimizer` of Flax keeps every array of its state in a variable. A
+      state is not assigned to it; the variables take over its numbers::
+
+          nnx.update(model, params)
+          optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+          nnx.update(optimizer.opt_state, nnx.state(state))
+
+      In a chain that ends in `asgd`, `optimizer.opt_state[-1]` takes them. The weights
+      come first: an average that `state` lacks stays the optimizer's copy of them.
+
       Groups that differ have a transformation each, under `optax.partition`, and
       each takes over its own part of the state. So do parts of one group that are at
       different steps, once they are groups of their own in "param_groups".

@@ -368,6 +368,80 @@ def test_another_kind_of_average(recorded):
     assert jax.tree.structure(compensated) == jax.tree.structure(tx.init(params))
 
 
+def network():
+    """A module of Flax with the parameters of `to_params`."""
+    from flax import nnx
+
+    class Network(nnx.Module):
+        def __init__(self):
+            kernel = {"kernel_size": (2, 3), "use_bias": False}
+            self.conv = nnx.Conv(1, 2, **kernel, rngs=nnx.Rngs(0))
+            self.blocks = nnx.Param(jnp.ones((2, 3, 2)))
+            self.shift = nnx.Param(jnp.ones(2))
+
+    return Network()
+
+
+@pytest.mark.flax
+@pytest.mark.parametrize("before_asgd", [[], [optax.clip_by_global_norm(0.5)]])
+def test_an_nnx_optimizer_goes_on_as_plain_optax(before_asgd, recorded):
+    from flax import nnx
+
+    _, gradients = draw_run(CASES["float32"])
+    snapshot, after = recorded["float32"]
+    tx = asgd(**hyperparams_from_torch(snapshot.state_dict))
+    tx = optax.chain(*before_asgd, tx) if before_asgd else tx
+    params = on_device(to_params(snapshot.weights))
+    state = state_from_torch(snapshot.state_dict, NAMES, to_params)
+    opt_state = (*tx.init(params)[:-1], state) if before_asgd else state
+
+    model = network()
+    nnx.update(model, params)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    if before_asgd:
+        nnx.update(optimizer.opt_state[-1], nnx.state(state))
+    else:
+        nnx.update(optimizer.opt_state, nnx.state(state))
+
+    @nnx.jit
+    def train_step(model, optimizer, grads):
+        optimizer.update(model, grads)
+
+    for step in range(OUT, BACK):
+        grads = to_params({name: g[step] for name, g in gradients.items()})
+        variables = jax.tree.map(nnx.Param, on_device(grads))
+        train_step(model, optimizer, nnx.State(variables))
+        params, opt_state = train_here(tx, params, opt_state, gradients, step, step + 1)
+        assert bits(nnx.state(model, nnx.Param)) == bits(params)
+        assert bits(optimizer.opt_state) == bits(opt_state)
+    assert bits(averaged_params(optimizer.opt_state, params)) == bits(
+        averaged_params(opt_state, params)
+    )
+    if not before_asgd:
+        assert_close(from_params(params), after.weights, tolerance(CASES["float32"]))
+
+
+@pytest.mark.flax
+def test_an_average_that_the_state_lacks_is_left_to_nnx_as_the_weights(recorded):
+    from flax import nnx
+
+    weights, state_dict = recorded["float32"][0]
+    state_dict["param_groups"][0]["params"] = [1, 2, 3]  # a frozen convolution
+    state = state_from_torch(
+        state_dict,
+        NAMES[1:],
+        lambda w: {k: v for k, v in to_params(weights | w).items() if k != "conv"},
+    )
+    model = network()
+    nnx.update(model, on_device(to_params(weights)))
+    optimizer = nnx.Optimizer(model, asgd(), wrt=nnx.Param)
+    nnx.update(optimizer.opt_state, nnx.state(state))
+    averages = averaged_params(optimizer.opt_state, nnx.state(model, nnx.Param))
+    kernel = model.conv.kernel[...]
+    assert bits(averages["conv"]["kernel"]) == bits(kernel)
+    assert bits(averages["shift"]) == bits(state.ax["shift"])
+
+
 def _entry(id_, **changes):
     return lambda d: d["state"][id_].update(changes)
 
