@@ -16,37 +16,32 @@ imports torch.
 """
 
 import importlib
+import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from asgd_optax import _averaging, _checks
 from asgd_optax._asgd import ASGDState
-from asgd_optax._numerics import LAST_STEP as LAST
-
-# Torch's name of each argument of `asgd`.
-_TORCH_NAMES = {
-    "learning_rate": "lr",
-    "lambd": "lambd",
-    "alpha": "alpha",
-    "t0": "t0",
-    "weight_decay": "weight_decay",
-}
-
-# What torch keeps of each parameter.
-_KEPT = ("step", "eta", "mu", "ax")
+from asgd_optax._torch_state import (
+    TORCH_NAMES,
+    read_array,
+    read_flag,
+    read_hyperparams,
+    read_inexact,
+    read_names,
+    read_number,
+    read_step,
+    read_torch_state,
+)
 
 # The last number up to which float32 holds every whole one: torch's float32 counter,
 # increased by one, stays there.
 _LAST_FLOAT32_STEP = 2**24
-
-_APART = (
-    "take them apart, with optax.partition, as the documentation of state_from_torch"
-    " shows"
-)
 
 
 def hyperparams_from_torch(state_dict: Mapping[str, Any]) -> dict[str, float]:
@@ -62,10 +57,11 @@ def hyperparams_from_torch(state_dict: Mapping[str, Any]) -> dict[str, float]:
       next: see this module's docstring.
 
     Raises:
-      ValueError: a state that is not ASGD's; groups that differ in one of these
-        arguments or in `maximize`; `maximize=True`, which is no argument of `asgd`;
-        a value that `asgd` refuses.
-      TypeError: a `state_dict` that is no dictionary, a value that is no number.
+      ValueError: a state that is not ASGD's; an id that stands in "params" twice;
+        groups that differ in one of these arguments or in `maximize`;
+        `maximize=True`, which is no argument of `asgd`; a value that `asgd` refuses.
+      TypeError: a `state_dict` or a group that is no dictionary, "params" that are no
+        list of ids, a value that is no number. Groups are named.
 
     Examples:
       >>> from asgd_optax import asgd
@@ -77,9 +73,7 @@ def hyperparams_from_torch(state_dict: Mapping[str, Any]) -> dict[str, float]:
       (0.1, 100.0)
       >>> tx = asgd(**hyperparams)
     """
-    groups = _param_groups(state_dict)
-    labels = [f"param_groups[{i}]" for i in range(len(groups))]
-    hyperparams, maximize = _common_settings(groups, labels)
+    hyperparams, maximize = read_hyperparams(state_dict)
     if maximize:
         raise ValueError(
             "maximize=True is no argument of asgd: set group['maximize'] = False in"
@@ -92,7 +86,7 @@ def hyperparams_from_torch(state_dict: Mapping[str, Any]) -> dict[str, float]:
 def state_from_torch(
     state_dict: Mapping[str, Any],
     names: Iterable[str],
-    to_params: Callable[[dict[str, np.ndarray]], Any],
+    to_params: Callable[[dict[str, np.ndarray]], optax.Params],
     *,
     weights: Mapping[str, Any] | None = None,
 ) -> ASGDState:
@@ -136,16 +130,20 @@ def state_from_torch(
 
     Raises:
       ValueError: a state that is not ASGD's, or lacks the average of a parameter
-        that has had a gradient; a wrong number of names, duplicates, another order
+        that has had a gradient; an id that stands in "params" twice, or is a string
+        in "state" alone; a wrong number of names, duplicates, another order
         than torch's "param_names"; a parameter that never had a gradient, without
-        its weights; parameters at different steps, groups that differ in a
-        hyperparameter or in `maximize`, rates that still differ; an average that is
-        not finite or whose shape is not that of its weights; a `to_params` that adds
-        or leaves out numbers. Parameters are named.
-      TypeError: a `state_dict` that is no dictionary; names that are no strings; a
-        leaf of the result of `to_params` that is not floating or complex.
+        its weights; a step, eta or mu that torch cannot come to; parameters at
+        different steps, groups that differ in a hyperparameter or in `maximize`,
+        rates that still differ; an average that is not finite or whose shape is not
+        that of its weights; a `to_params` that adds or leaves out numbers.
+      TypeError: an argument of another kind, such as a set of names, in which they
+        have no order; a value of torch's state of another kind, such as a step that
+        is no number; a leaf of the result of `to_params` that is not floating or
+        complex.
 
-    What `to_params` raises passes through, with a note of the shapes it was given.
+    Errors name the argument, the group or the parameter. What `to_params` raises
+    passes through, with a note of the shapes it was given.
 
     Examples:
       >>> import jax, numpy as np, optax
@@ -165,9 +163,19 @@ def state_from_torch(
       >>> int(state.step), state.ax["kernel"].shape
       (5, (3, 2))
 
-      Groups that differ, or parts of one at different steps, cut apart in
-      "param_groups": a transformation for each, under `optax.partition`, and each
-      takes over its own part of the state.
+      An `nnx.Optimizer` of Flax keeps every array of its state in a variable. A
+      state is not assigned to it; the variables take over its numbers::
+
+          nnx.update(model, params)
+          optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+          nnx.update(optimizer.opt_state, nnx.state(state))
+
+      In a chain that ends in `asgd`, `optimizer.opt_state[-1]` takes them. The weights
+      come first: an average that `state` lacks stays the optimizer's copy of them.
+
+      Groups that differ have a transformation each, under `optax.partition`, and
+      each takes over its own part of the state. So do parts of one group that are at
+      different steps, once they are groups of their own in "param_groups".
 
       >>> weights = {"fc.weight": np.zeros((2, 3)), "fc.bias": np.zeros(2)}
       >>> state_dict["param_groups"] = [
@@ -193,55 +201,20 @@ def state_from_torch(
       PyTorch, `torch.optim.ASGD
       <https://docs.pytorch.org/docs/2.13/generated/torch.optim.ASGD.html>`_.
     """
-    groups = _param_groups(state_dict)
-    ids = [id_ for group in groups for id_ in group["params"]]
-    names = _checked_names(names, ids, state_dict["state"])
-    labels, rest = [], names
-    for index, group in enumerate(groups):
-        count = len(group["params"])
-        own, rest = rest[:count], rest[count:]
-        listed = [*map(repr, own[:3]), *["..."] * (count > 3)]
-        labels.append(f"param_groups[{index}] ({', '.join(listed)})")
-        _check_order(own, group)
-    hyperparams, _ = _common_settings(groups, labels)
-
-    kept = {
-        name: entry
-        for name, id_ in zip(names, ids, strict=True)
-        if (entry := _checked_entry(state_dict["state"].get(id_), name))
-    }
-    step, eta, mu = _common_counters(kept, hyperparams)
-    weights = {} if weights is None else weights
-    averages = {}
-    for name in names:
-        if name in kept:
-            average = _checked_array(kept[name]["ax"], f"the average of {name!r}")
-            if name in weights and average.shape != np.shape(weights[name]):
-                raise ValueError(
-                    f"the average of {name!r} has shape {average.shape}, its weights"
-                    f" {tuple(np.shape(weights[name]))}"
-                )
-        elif name in weights:
-            average = _checked_array(weights[name], f"weights[{name!r}]")
-        else:
-            raise ValueError(
-                f"torch keeps no average of {name!r}: it never had a gradient. Hand in"
-                " its weights, as in state_from_torch(..., weights=model.state_dict()),"
-                " or leave it out, as the documentation of state_from_torch shows"
-            )
-        averages[name] = average
+    _check_function("to_params", to_params)
+    own = read_torch_state(state_dict, names, weights)
     return ASGDState(
-        jnp.asarray(step, dtype=jnp.int32),
-        jnp.asarray(eta, dtype=jnp.result_type(float)),
-        jnp.asarray(mu, dtype=jnp.result_type(float)),
-        _converted(averages, to_params),
+        jnp.asarray(own.step, dtype=jnp.int32),
+        jnp.asarray(own.eta, dtype=jnp.result_type(float)),
+        jnp.asarray(own.mu, dtype=jnp.result_type(float)),
+        _converted(own.averages, to_params),
     )
 
 
 def state_to_torch(
     state: ASGDState,
     names: Iterable[str],
-    from_params: Callable[[Any], Mapping[str, Any]],
+    from_params: Callable[[optax.Params], Mapping[str, jax.typing.ArrayLike]],
     *,
     learning_rate: jax.typing.ArrayLike,
     lambd: jax.typing.ArrayLike,
@@ -288,34 +261,49 @@ def state_to_torch(
 
     Raises:
       ImportError: there is no torch.
-      TypeError: a `state` that is no `ASGDState`; names that are no strings; a
-        hyperparameter that is no number; no mapping from `from_params`.
+      TypeError: a `state` that is no `ASGDState`, or is traced; names that are no
+        strings, or a set; a hyperparameter, step, eta or mu that is no number; a
+        `maximize` that is neither True nor False; no mapping from `from_params`.
       ValueError: a hyperparameter that `asgd` refuses; a state of several runs, as
-        `jax.vmap` makes it; duplicate names; names that `from_params` lacks or has
-        besides; an average that is not finite. Parameters are named.
+        `jax.vmap` makes it; a step that is negative, not whole or above 2**31 - 1, an
+        eta that is negative, a mu outside of 0 to 1; duplicate names; names that
+        `from_params` lacks or has besides; an average that is not finite.
+        Arguments and parameters are named.
     """
     if not isinstance(state, ASGDState):
         raise TypeError(
             "state must be an ASGDState, such as opt_state[-1] of a chain; got a"
             f" {type(state).__name__}"
         )
-    hyperparams: dict[str, Any] = {
+    runs = read_array(state.step, "state.step").shape
+    if runs != ():
+        raise ValueError(
+            f"state.step has shape {runs}: hand over one run at a time, such as"
+            " jax.tree.map(lambda x: x[0], state)"
+        )
+    step = read_step(state.step, "state.step")
+    eta = read_number(state.eta, "state.eta")
+    mu = read_number(state.mu, "state.mu", most=1)
+    names = read_names(names)
+    _check_function("from_params", from_params)
+    hyperparams: dict[str, jax.typing.ArrayLike] = {
         "learning_rate": learning_rate,
         "lambd": lambd,
         "alpha": alpha,
         "t0": t0,
         "weight_decay": weight_decay,
     }
-    for name, value in hyperparams.items():
-        _checks.check_hyperparameter(name, value, may_be_inf=name == "t0")
-    if np.ndim(state.step) != 0:
-        raise ValueError(
-            f"state.step has shape {np.shape(state.step)}: hand over one run at a time,"
-            " such as jax.tree.map(lambda x: x[0], state)"
-        )
-    step = int(state.step)
-    eta, mu = (_number(getattr(state, n), f"state.{n}") for n in ("eta", "mu"))
-    names = _checked_strings(names)
+    group: dict[str, Any] = {
+        TORCH_NAMES[name]: _hyperparameter(name, value)
+        for name, value in hyperparams.items()
+    }
+    group |= {
+        "foreach": None,
+        "maximize": read_flag(maximize, "maximize"),
+        "differentiable": False,
+        "capturable": False,
+        "params": list(range(len(names))),
+    }
     converted = from_params(_averaging.mean_value(state.ax))
     if not isinstance(converted, Mapping):
         raise TypeError(
@@ -329,7 +317,7 @@ def state_to_torch(
             f" {[name for name in converted if name not in names]} besides"
         )
     averages = {
-        name: _checked_array(converted[name], f"the average of {name!r}")
+        name: read_inexact(converted[name], f"the average of {name!r}")
         for name in names
     }
 
@@ -343,17 +331,6 @@ def state_to_torch(
     default = torch.get_default_dtype()
     scalar = torch.float64 if default == torch.float64 else torch.float32
     counter = scalar if step < _LAST_FLOAT32_STEP else torch.float64
-    group: dict[str, Any] = {
-        _TORCH_NAMES[name]: float(_checks.concrete(value))
-        for name, value in hyperparams.items()
-    }
-    group |= {
-        "foreach": None,
-        "maximize": bool(maximize),
-        "differentiable": False,
-        "capturable": False,
-        "params": list(range(len(names))),
-    }
     kept = {
         index: {
             "step": torch.tensor(step, dtype=counter),
@@ -366,214 +343,22 @@ def state_to_torch(
     return {"state": kept, "param_groups": [group]}
 
 
-def _param_groups(state_dict: Any) -> list[Mapping[str, Any]]:
-    """The groups of a state dict, after a check that it is an optimizer's."""
-    if not isinstance(state_dict, Mapping):
-        raise TypeError(
-            "state_dict must be what optimizer.state_dict() returned; got a"
-            f" {type(state_dict).__name__}"
-        )
-    kept, groups = state_dict.get("state"), state_dict.get("param_groups")
-    if (
-        not isinstance(kept, Mapping)
-        or not isinstance(groups, list | tuple)
-        or not groups
-        or not all(isinstance(group, Mapping) and "params" in group for group in groups)
-    ):
-        raise ValueError(
-            "state_dict must be what optimizer.state_dict() returned, with its 'state'"
-            f" and 'param_groups'; it has {list(state_dict)}"
-        )
-    return list(groups)
+def _check_function(name: str, value: Any) -> None:
+    if not callable(value):
+        raise TypeError(f"{name} must be a function; got {reprlib.repr(value)}")
 
 
-def _checked_strings(names: Any) -> list[str]:
-    """`names` as a list, of strings without duplicates."""
-    if isinstance(names, str | bytes):
-        raise TypeError(f"names must be a list of strings; got {names!r}")
-    seen: dict[str, None] = {}
-    for name in names:
-        if not isinstance(name, str):
-            raise TypeError(f"names must be strings; got {name!r}")
-        if name in seen:
-            raise ValueError(f"names holds {name!r} more than once")
-        seen[name] = None
-    return list(seen)
-
-
-def _checked_names(names: Any, ids: list[Any], kept: Mapping[Any, Any]) -> list[str]:
-    """`names` as a list with one for each of torch's parameters."""
-    names = _checked_strings(names)
-    if len(names) == len(ids):
-        return names
-    if len(names) > len(ids):
-        misfit = f"{names[len(ids)]!r} is one too many"
-    else:
-        entry = kept.get(ids[len(names)])
-        average = entry.get("ax") if isinstance(entry, Mapping) else None
-        shape = "" if average is None else f", of shape {tuple(np.shape(average))},"
-        which = f"the one after {names[-1]!r}" if names else "the first"
-        misfit = f"{which}{shape} has none"
-    raise ValueError(
-        f"{len(names)} names for {len(ids)} parameters: {misfit}. Names are those of"
-        " model.named_parameters(), without buffers, and tied weights once"
-    )
-
-
-def _check_order(names: list[str], group: Mapping[str, Any]) -> None:
-    """Raises where torch noted the names, and one stands in another's place."""
-    noted = group.get("param_names") or names
-    if len(noted) != len(names):  # of a group whose "params" alone were cut
-        return
-    for name, own in zip(names, noted, strict=True):
-        # Other names altogether, as of a wrapped model, do no harm.
-        if name != own and name in noted:
-            raise ValueError(
-                f"names holds {name!r} where torch has {own!r}: they must stand in"
-                " torch's order"
-            )
-
-
-def _common_settings(
-    groups: list[Mapping[str, Any]], labels: list[str]
-) -> tuple[dict[str, float], bool]:
-    """The arguments of `asgd` that all groups share, and their `maximize`."""
-    first: dict[str, Any] = {}
-    for group, label in zip(groups, labels, strict=True):
-        missing = [key for key in _TORCH_NAMES.values() if key not in group]
-        if missing:
-            raise ValueError(
-                f"{label} has no {', '.join(map(repr, missing))}: this is not the"
-                " state of a torch.optim.ASGD"
-            )
-        # States from before torch 1.12 have no `maximize`.
-        settings: dict[str, Any] = {"maximize": bool(group.get("maximize", False))}
-        for key in _TORCH_NAMES.values():
-            value = _number(group[key], f"{key} in {label}", may_be_inf=True)
-            settings[key] = float(value)
-            _checks.check_hyperparameter(
-                f"{key} in {label}", settings[key], may_be_inf=key == "t0"
-            )
-        first = first or settings
-        for key, value in settings.items():
-            if value != first[key]:
-                raise ValueError(
-                    f"groups differ: {key} is {first[key]} in {labels[0]} and"
-                    f" {value} in {label}: {_APART}"
-                )
-    return {ours: first[key] for ours, key in _TORCH_NAMES.items()}, first["maximize"]
-
-
-def _checked_entry(entry: Any, name: str) -> Mapping[str, Any]:
-    """What torch keeps of a parameter; empty where it has never had a gradient."""
-    entry = {} if entry is None else entry
-    if not isinstance(entry, Mapping):
-        raise ValueError(
-            f"the state of {name!r} is a {type(entry).__name__}, not a dictionary"
-        )
-    missing = [key for key in _KEPT if key not in entry]
-    if entry and missing:
-        raise ValueError(
-            f"the state of {name!r} has no {', '.join(map(repr, missing))}, but"
-            f" {list(entry)}: this is not the state of a torch.optim.ASGD"
-        )
-    return entry
-
-
-def _common_counters(
-    kept: Mapping[str, Mapping[str, Any]], hyperparams: Mapping[str, float]
-) -> tuple[int, float, float]:
-    """The step, eta and mu that all parameters share."""
-    counters: dict[str, dict[str, np.ndarray]] = {
-        key: {
-            name: _number(entry[key], f"the {key} of {name!r}")
-            for name, entry in kept.items()
-        }
-        for key in ("step", "eta", "mu")
-    }
-    if not kept:  # as torch begins
-        return 0, hyperparams["learning_rate"], 1.0
-    steps = {name: float(value) for name, value in counters["step"].items()}
-    first, step = next(iter(steps.items()))
-    for name, other in steps.items():
-        if not (other.is_integer() and 0 <= other <= LAST):
-            raise ValueError(
-                f"the step of {name!r} must be a whole number from 0 to {LAST}; got"
-                f" {other:g}"
-            )
-        if other != step:
-            raise ValueError(
-                f"{first!r} is at step {step:.0f}, {name!r} at step {other:.0f}, and"
-                f" one state counts for all its parameters: {_APART}"
-            )
-    eta, mu = (_most_precise(key, counters[key]) for key in ("eta", "mu"))
-    return int(step), eta, mu
-
-
-def _most_precise(key: str, values: dict[str, np.ndarray]) -> float:
-    """The number that all `values` are, up to the rounding to their dtypes.
-
-    Torch casts a parameter's numbers to its dtype when it loads a state.
-    """
-
-    def limits(name: str) -> Any:
-        dtype = values[name].dtype
-        floating = jnp.issubdtype(dtype, jnp.floating)
-        return jnp.finfo(dtype if floating else np.float64)
-
-    best = min(values, key=lambda name: float(limits(name).eps))
-    expected = float(values[best])
-    for name, value in values.items():
-        # Room for a few roundings, of numbers that may be subnormal.
-        eps, tiny = float(limits(name).eps), float(limits(name).tiny)
-        if abs(float(value) - expected) > 4 * eps * max(expected, tiny):
-            raise ValueError(
-                f"{key} is {expected:g} for {best!r} and {float(value):g} for {name!r},"
-                " as after a change of one group's hyperparameters: make one more step"
-                f" in torch, or {_APART}"
-            )
-    return expected
-
-
-def _array(value: Any, what: str) -> np.ndarray:
-    """A tensor, array or number as a NumPy array that shares no memory with it."""
-    try:
-        if hasattr(value, "detach"):
-            # NumPy as torch knows it has no bfloat16; float32 holds every one.
-            narrow = str(value.dtype) == "torch.bfloat16"
-            value = (value.float() if narrow else value).numpy(force=True)
-            return np.array(value, dtype=jnp.bfloat16 if narrow else value.dtype)
-        return np.array(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{what} cannot be read as an array: {error}") from error
-
-
-def _checked_array(value: Any, what: str) -> np.ndarray:
-    """`_array`, floating or complex, and finite."""
-    array = _array(value, what)
-    if not jnp.issubdtype(array.dtype, jnp.inexact):
-        raise ValueError(f"{what} is {array.dtype}, not floating or complex")
-    if not np.isfinite(array).all():
-        raise ValueError(f"{what} is not finite")
-    return array
-
-
-def _number(value: Any, what: str, *, may_be_inf: bool = False) -> np.ndarray:
-    """A number, or a tensor or array of one, in its own dtype; shape ()."""
-    array = _array(value, what)
-    if array.size != 1 or not (
-        jnp.issubdtype(array.dtype, jnp.floating)
-        or jnp.issubdtype(array.dtype, jnp.integer)
-    ):
-        raise TypeError(f"{what} must be a number; got {value!r}")
-    if not may_be_inf and not np.isfinite(array).all():
-        raise ValueError(f"{what} must be finite; got {array.reshape(())}")
-    return array.reshape(())
+def _hyperparameter(name: str, value: jax.typing.ArrayLike) -> float:
+    """An argument of `asgd` as a number, once it has been checked."""
+    _checks.check_hyperparameter(name, value, may_be_inf=name == "t0")
+    # `optax.inject_hyperparams` makes it complex where the parameters are.
+    return float(np.real(read_array(value, name)))
 
 
 def _converted(
-    averages: dict[str, np.ndarray], to_params: Callable[[dict[str, np.ndarray]], Any]
-) -> Any:
+    averages: dict[str, np.ndarray],
+    to_params: Callable[[dict[str, np.ndarray]], optax.Params],
+) -> optax.Params:
     """The average, as `asgd` keeps it, of averages by name."""
     shapes = {name: average.shape for name, average in averages.items()}
     given = sum(average.size for average in averages.values())

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -20,7 +21,7 @@ from asgd_optax.interop import (
     state_from_torch,
     state_to_torch,
 )
-from tests.support import assert_close, bits, precision_of, train_step
+from tests.support import bits, precision_of, train_step
 from tools.record_interop_fixtures import (
     BACK,
     CASES,
@@ -203,8 +204,10 @@ def test_goes_on_as_torch_did(name, recorded):
     with precision_of(case.dtype):
         params, state, _ = go_on(case, before, gradients)
         rtol = tolerance(case)
-        assert_close(from_params(params), after.weights, rtol)
-        assert_close(from_params(state.ax), averages_in(after.state_dict), rtol)
+        chex.assert_trees_all_close(from_params(params), after.weights, rtol=rtol)
+        chex.assert_trees_all_close(
+            from_params(state.ax), averages_in(after.state_dict), rtol=rtol
+        )
         first = after.state_dict["state"][0]
         assert state.step == BACK == first["step"]
         assert state.mu == first["mu"]
@@ -246,7 +249,7 @@ def test_parts_go_on_under_partition(name, apart, recorded):
         fresh = tx.init(params)
         assert jax.tree.structure(opt_state) == jax.tree.structure(fresh)
         params, opt_state = train_here(tx, params, opt_state, gradients, OUT, BACK)
-        assert_close(from_params(params), after.weights, 1e-12)
+        chex.assert_trees_all_close(from_params(params), after.weights, rtol=1e-12)
         averages = from_params(averaged_params(opt_state, params))
         kept = after.state_dict["state"]
         for id_, entry in kept.items():
@@ -368,6 +371,82 @@ def test_another_kind_of_average(recorded):
     assert jax.tree.structure(compensated) == jax.tree.structure(tx.init(params))
 
 
+def network():
+    """A module of Flax with the parameters of `to_params`."""
+    from flax import nnx
+
+    class Network(nnx.Module):
+        def __init__(self):
+            kernel = {"kernel_size": (2, 3), "use_bias": False}
+            self.conv = nnx.Conv(1, 2, **kernel, rngs=nnx.Rngs(0))
+            self.blocks = nnx.Param(jnp.ones((2, 3, 2)))
+            self.shift = nnx.Param(jnp.ones(2))
+
+    return Network()
+
+
+@pytest.mark.flax
+@pytest.mark.parametrize("before_asgd", [[], [optax.clip_by_global_norm(0.5)]])
+def test_an_nnx_optimizer_goes_on_as_plain_optax(before_asgd, recorded):
+    from flax import nnx
+
+    _, gradients = draw_run(CASES["float32"])
+    snapshot, after = recorded["float32"]
+    tx = asgd(**hyperparams_from_torch(snapshot.state_dict))
+    tx = optax.chain(*before_asgd, tx) if before_asgd else tx
+    params = on_device(to_params(snapshot.weights))
+    state = state_from_torch(snapshot.state_dict, NAMES, to_params)
+    opt_state = (*tx.init(params)[:-1], state) if before_asgd else state
+
+    model = network()
+    nnx.update(model, params)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    if before_asgd:
+        nnx.update(optimizer.opt_state[-1], nnx.state(state))
+    else:
+        nnx.update(optimizer.opt_state, nnx.state(state))
+
+    @nnx.jit
+    def train_step(model, optimizer, grads):
+        optimizer.update(model, grads)
+
+    for step in range(OUT, BACK):
+        grads = to_params({name: g[step] for name, g in gradients.items()})
+        variables = jax.tree.map(nnx.Param, on_device(grads))
+        train_step(model, optimizer, nnx.State(variables))
+        params, opt_state = train_here(tx, params, opt_state, gradients, step, step + 1)
+        assert bits(nnx.state(model, nnx.Param)) == bits(params)
+        assert bits(optimizer.opt_state) == bits(opt_state)
+    assert bits(averaged_params(optimizer.opt_state, params)) == bits(
+        averaged_params(opt_state, params)
+    )
+    if not before_asgd:
+        chex.assert_trees_all_close(
+            from_params(params), after.weights, rtol=tolerance(CASES["float32"])
+        )
+
+
+@pytest.mark.flax
+def test_an_average_that_the_state_lacks_is_left_to_nnx_as_the_weights(recorded):
+    from flax import nnx
+
+    weights, state_dict = recorded["float32"][0]
+    state_dict["param_groups"][0]["params"] = [1, 2, 3]  # a frozen convolution
+    state = state_from_torch(
+        state_dict,
+        NAMES[1:],
+        lambda w: {k: v for k, v in to_params(weights | w).items() if k != "conv"},
+    )
+    model = network()
+    nnx.update(model, on_device(to_params(weights)))
+    optimizer = nnx.Optimizer(model, asgd(), wrt=nnx.Param)
+    nnx.update(optimizer.opt_state, nnx.state(state))
+    averages = averaged_params(optimizer.opt_state, nnx.state(model, nnx.Param))
+    kernel = model.conv.kernel[...]
+    assert bits(averages["conv"]["kernel"]) == bits(kernel)
+    assert bits(averages["shift"]) == bits(state.ax["shift"])
+
+
 def _entry(id_, **changes):
     return lambda d: d["state"][id_].update(changes)
 
@@ -380,7 +459,24 @@ def _without(id_, key):
     return lambda d: d["state"][id_].pop(key)
 
 
+def _cut(*ids):
+    """One group made into several, with these ids."""
+
+    def spoil(d):
+        (group,) = d["param_groups"]
+        d["param_groups"] = [group | {"params": own} for own in ids]
+
+    return spoil
+
+
+def _through_json(d):
+    d["state"] = {str(id_): entry for id_, entry in d["state"].items()}
+
+
 NOT_FINITE = np.array([1.0, np.nan])
+LISTED = " ('conv.weight', 'blocks.0.weight', 'blocks.1.weight', ...)"
+PARAMS = r"param_groups\[0\]\['params'\]"
+PARAM_NAMES = r"param_groups\[0\]\['param_names'\]"
 
 
 @pytest.mark.parametrize(
@@ -399,7 +495,11 @@ NOT_FINITE = np.array([1.0, np.nan])
         (_entry(0, step=2.0**31), ValueError, "step of 'conv.weight' must be a whole"),
         (_entry(0, step=-1), ValueError, "step of 'conv.weight' must be a whole"),
         (_entry(2, eta=np.inf), ValueError, "the eta of 'blocks.1.weight' must be fin"),
-        (_entry(2, mu=np.nan), ValueError, "the mu of 'blocks.1.weight' must be fin"),
+        (
+            _entry(2, mu=np.nan),
+            ValueError,
+            "mu of 'blocks.1.weight' must not be .* NaN",
+        ),
         (_entry(2, mu=0.5), ValueError, "mu is 0.1 for .* 0.5 for 'blocks.1.weight'"),
         (_entry(2, eta=np.ones(2)), TypeError, "the eta of 'blocks.1.weight' must be"),
         (
@@ -410,7 +510,7 @@ NOT_FINITE = np.array([1.0, np.nan])
         (lambda d: d["state"].update({1: 3}), ValueError, "'blocks.0.weight' is a int"),
         (_group(lr=-1.0), ValueError, r"lr in param_groups\[0\].*must not be negative"),
         (_group(t0=np.nan), ValueError, "t0 in .* must not be negative or NaN"),
-        (_group(alpha=None), Exception, "alpha in .*"),
+        (_group(alpha=None), TypeError, "^alpha in .* must be a number; got None"),
         (_group(params=[0, 1, 2]), ValueError, "^4 names for 3 parameters: 'bias' is"),
         (
             _group(params=[0, 1, 2, 3, 4]),
@@ -424,7 +524,86 @@ NOT_FINITE = np.array([1.0, np.nan])
         ),
         (lambda d: d.pop("state"), ValueError, r"it has \['param_groups'\]"),
         (lambda d: d.update(param_groups=[]), ValueError, "its 'state' and 'param_"),
-        (lambda d: d["param_groups"][0].pop("params"), ValueError, "its 'state' and"),
+        (lambda d: d.update(param_groups=None), ValueError, "its 'state' and 'param_"),
+        (
+            lambda d: d.update(param_groups=[None]),
+            TypeError,
+            r"^param_groups\[0\] must be a dictionary; got None",
+        ),
+        (
+            lambda d: d["param_groups"][0].pop("params"),
+            ValueError,
+            r"^param_groups\[0\] has no 'params'",
+        ),
+        # Ids: a list of numbers, each once.
+        (_group(params=None), TypeError, f"^{PARAMS} must be a list; got None"),
+        (_group(params="0123"), TypeError, f"^{PARAMS} must be a list; got '0123'"),
+        (_group(params=4), TypeError, f"^{PARAMS} must be a list; got 4"),
+        (_group(params=[[0], 1, 2, 3]), TypeError, f"^{PARAMS} must hold .*; got a li"),
+        (_group(params=[0, 1, 2, None]), TypeError, f"^{PARAMS} must hold .* NoneType"),
+        (_group(params=[0.0, 1, 2, 3]), TypeError, f"^{PARAMS} must hold .* a float"),
+        (_group(params=[0, True, 2, 3]), TypeError, f"^{PARAMS} must hold .* a bool"),
+        (
+            _group(params=[*map(np.ones, range(4))]),  # as optimizer.param_groups
+            TypeError,
+            rf"^{PARAMS} must hold .* optimizer.state_dict\(\) .* a ndarray",
+        ),
+        (
+            _group(params=[0, 1, 1, 3]),  # of one shape
+            ValueError,
+            f"^{PARAMS} holds 1, which {PARAMS} holds already",
+        ),
+        (
+            _cut([0, 1], [2, 1]),
+            ValueError,
+            rf"^param_groups\[1\]\['params'\] holds 1, which {PARAMS} holds already",
+        ),
+        (_through_json, ValueError, "^state has '0' where .* 0: JSON"),
+        # Names, where torch was told them.
+        (_group(param_names=5), TypeError, f"^{PARAM_NAMES} must be a list of strings"),
+        (_group(param_names="bias"), TypeError, f"^{PARAM_NAMES} must be a list of st"),
+        (
+            _group(param_names=[0, 1, 2, 3]),
+            TypeError,
+            f"^{PARAM_NAMES} .* strings; got",
+        ),
+        (
+            _group(maximize="no"),
+            TypeError,
+            "^maximize in .* must be True or False; got",
+        ),
+        (
+            _group(maximize=None),
+            TypeError,
+            "^maximize in .* must be True or False; got",
+        ),
+        (_group(maximize=np.ones(2, bool)), TypeError, "^maximize in .* must be True"),
+        (_group(lr=True), TypeError, "^lr in .* must be a number; got True"),
+        (_group(lr=np.ones(2)), TypeError, "^lr in .* must be a number; got"),
+        # Numbers that no run of torch comes to.
+        (_entry(3, step=None), TypeError, "^the step of 'bias' must be a number; got"),
+        (_entry(3, step=True), TypeError, "^the step of 'bias' must be a number; got"),
+        (_entry(3, step="15"), TypeError, "^the step of 'bias' must be a number; got"),
+        (
+            _entry(3, step=np.nan),
+            ValueError,
+            "^the step of 'bias' must be a whole numb",
+        ),
+        (
+            _entry(3, step=np.inf),
+            ValueError,
+            "^the step of 'bias' must be a whole numb",
+        ),
+        (_entry(3, eta=None), TypeError, "^the eta of 'bias' must be a number; got"),
+        (_entry(3, eta=-0.1), ValueError, "^the eta of 'bias' must not be negative"),
+        (
+            _entry(3, eta=1e300),
+            ValueError,
+            "^the eta of 'bias' must be finite in float",
+        ),
+        (_entry(3, mu=-0.1), ValueError, "^the mu of 'bias' must not be negative"),
+        (_entry(3, mu=1.5), ValueError, "^the mu of 'bias' must be at most 1; got 1.5"),
+        (_entry(3, ax=None), ValueError, "^the average of 'bias' is object, not float"),
     ],
 )
 def test_a_bad_state_is_refused(spoil, error, message, recorded):
@@ -484,6 +663,12 @@ def test_no_state_dict_at_all(state_dict):
     ("names", "error", "message"),
     [
         ("bias", TypeError, "^names must be a list of strings; got 'bias'"),
+        (None, TypeError, "^names must be a list of strings; got None"),
+        (4, TypeError, "^names must be a list of strings; got 4"),
+        (np.array("w"), TypeError, "^names must be a list of strings; got array"),
+        (b"bias", TypeError, "^names must be a list of strings; got b'bias'"),
+        # In what order?
+        (set(NAMES), TypeError, "^names must be a list of strings; got {"),
         ([*NAMES[:3], 3], TypeError, "^names must be strings; got 3"),
         ([*NAMES[:3], NAMES[0]], ValueError, "holds 'conv.weight' more than once"),
         (NAMES[:3], ValueError, r"after 'blocks.1.weight', of shape \(2,\), has none"),
@@ -524,6 +709,65 @@ def test_a_conversion_that_does_not_fit_is_refused(convert, error, message, reco
         assert "of shapes" in raised.value.__notes__[0]
 
 
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"to_params": None}, TypeError, "^to_params must be a function; got None"),
+        ({"to_params": NAMES}, TypeError, r"^to_params must be a function; got \["),
+        ({"weights": 5}, TypeError, "^weights must be a mapping .* by name; got 5"),
+        ({"weights": NAMES}, TypeError, r"^weights must be a mapping .*; got \['conv"),
+        (
+            {"weights": {"bias": [[1.0], [1.0, 2.0]]}},
+            ValueError,
+            r"^weights\['bias'\] cannot be read as an array",
+        ),
+        (
+            {"weights": {"bias": None}},
+            ValueError,
+            r"^the average of 'bias' has shape \(2,\), its weights \(\)",
+        ),
+    ],
+)
+def test_arguments_that_do_not_serve_are_named(changes, error, message, recorded):
+    state_dict = recorded["float64"][0].state_dict
+    arguments = {"state_dict": state_dict, "names": NAMES, "to_params": to_params}
+    with pytest.raises(error, match=message):
+        state_from_torch(**(arguments | changes))
+
+
+@pytest.mark.parametrize("as_id", [np.int64, str])
+def test_ids_may_be_numbers_of_numpy_or_names(as_id, recorded):
+    _, state_dict = recorded["float64"][0]
+    expected = state_from_torch(state_dict, NAMES, to_params)
+    (group,) = state_dict["param_groups"]
+    group["params"] = [as_id(id_) for id_ in group["params"]]
+    state_dict["state"] = {as_id(i): e for i, e in state_dict["state"].items()}
+    assert bits(state_from_torch(state_dict, NAMES, to_params)) == bits(expected)
+    assert hyperparams_from_torch(state_dict) == HYPERPARAMS
+
+
+def test_names_that_torch_has_twice_do_no_harm(recorded):
+    """As of the parameters of two modules, each told without its prefix."""
+    _, state_dict = recorded["float64"][0]
+    expected = state_from_torch(state_dict, NAMES, to_params)
+    for noted in (["weight"] * 4, [], None):
+        state_dict["param_groups"][0]["param_names"] = noted
+        assert bits(state_from_torch(state_dict, NAMES, to_params)) == bits(expected)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"params": None}, {"params": [0, 1, 1, 3]}, {"maximize": "no"}]
+)
+def test_hyperparams_are_read_as_strictly(changes, recorded):
+    _, state_dict = recorded["float64"][0]
+    state_dict["param_groups"][0].update(changes)
+    with pytest.raises((TypeError, ValueError)) as expected:
+        state_from_torch(state_dict, NAMES, to_params)
+    with pytest.raises(expected.type) as found:
+        hyperparams_from_torch(state_dict)
+    assert str(found.value) == str(expected.value).replace(LISTED, "")
+
+
 def test_shapes_that_do_not_fit_the_params_are_told_by_the_update(recorded):
     weights, state_dict = recorded["float32"][0]
     params = on_device(to_params(weights))
@@ -542,7 +786,25 @@ def a_state(**changes):
     [
         ({"state": (a_state(),)}, TypeError, r"an ASGDState, such as opt_state\[-1\]"),
         ({"state": a_state(step=jnp.zeros(3))}, ValueError, r"shape \(3,\).*one run"),
-        ({"state": a_state(eta=np.nan)}, ValueError, "state.eta must be finite"),
+        *(
+            ({"state": a_state(step=step)}, ValueError, "^state.step must be a whole")
+            for step in (-3, 2.7, jnp.float32(2.7), np.nan, np.inf, 2**31)
+        ),
+        *(
+            ({"state": a_state(step=step)}, TypeError, "^state.step must be a number")
+            for step in (None, True, "5", 3j)
+        ),
+        ({"state": a_state(eta=np.nan)}, ValueError, "^state.eta must not be .* NaN"),
+        ({"state": a_state(eta=-1.0)}, ValueError, "^state.eta must not be negative"),
+        ({"state": a_state(eta=None)}, TypeError, "^state.eta must be a number"),
+        ({"state": a_state(mu=np.inf)}, ValueError, "^state.mu must be finite"),
+        ({"state": a_state(mu=2.0)}, ValueError, "^state.mu must be at most 1; got 2"),
+        ({"names": None}, TypeError, "^names must be a list of strings; got None"),
+        ({"names": set(NAMES)}, TypeError, "^names must be a list of strings; got {"),
+        ({"from_params": None}, TypeError, "^from_params must be a function; got None"),
+        ({"maximize": "no"}, TypeError, "^maximize must be True or False; got 'no'"),
+        ({"maximize": None}, TypeError, "^maximize must be True or False; got None"),
+        ({"lambd": None}, TypeError, "^lambd must be a number; got None"),
         ({"names": "bias"}, TypeError, "names must be a list of strings"),
         ({"names": [*NAMES, "bias"]}, ValueError, "'bias' more than once"),
         ({"names": NAMES[1:]}, ValueError, r"lacks \[\] and has \['conv.weight'\]"),
@@ -562,6 +824,20 @@ def test_a_state_that_cannot_go_to_torch_is_refused(changes, error, message):
     arguments = {"state": a_state(), "names": NAMES, "from_params": from_params}
     with pytest.raises(error, match=message):
         state_to_torch(**(arguments | HYPERPARAMS | changes))
+
+
+def test_a_traced_argument_cannot_go_to_torch():
+    state = a_state()
+    arguments = {"names": NAMES, "from_params": from_params} | HYPERPARAMS
+
+    @jax.jit
+    def hand_back(changes):
+        state_to_torch(**({"state": state} | arguments | changes))
+
+    with pytest.raises(TypeError, match="^learning_rate is traced: torch's state is"):
+        hand_back({"learning_rate": 0.1})
+    with pytest.raises(TypeError, match="^state.step is traced: torch's state is"):
+        hand_back({"state": state})
 
 
 def test_only_the_way_back_needs_torch(monkeypatch, recorded):
@@ -605,9 +881,11 @@ def test_there_and_back(name):
     again = train_torch(
         other, weights, gradients, first=BACK, last=END, state_dict=handed_back
     )
-    assert_close(again.weights, alone.weights, tolerance(case))
+    chex.assert_trees_all_close(again.weights, alone.weights, rtol=tolerance(case))
     averages = averages_in(again.state_dict)
-    assert_close(averages, averages_in(alone.state_dict), tolerance(case))
+    chex.assert_trees_all_close(
+        averages, averages_in(alone.state_dict), rtol=tolerance(case)
+    )
     (own,) = again.state_dict["param_groups"]
     (expected,) = alone.state_dict["param_groups"]
     for key in ("lr", "lambd", "alpha", "t0", "weight_decay", "maximize"):
@@ -644,9 +922,9 @@ def test_groups_there_and_back():
     again = train_torch(
         case, weights, gradients, first=BACK, last=END, state_dict=handed_back
     )
-    assert_close(again.weights, alone.weights, 1e-12)
+    chex.assert_trees_all_close(again.weights, alone.weights, rtol=1e-12)
     averages = averages_in(again.state_dict)
-    assert_close(averages, averages_in(alone.state_dict), 1e-12)
+    chex.assert_trees_all_close(averages, averages_in(alone.state_dict), rtol=1e-12)
 
 
 @pytest.mark.torch
@@ -660,10 +938,10 @@ def test_live_torch_is_as_recorded(name, recorded):
     as_json = json.loads(json.dumps(snapshot.state_dict["param_groups"]))
     assert as_json == before.state_dict["param_groups"]
     rtol = tolerance(case) if case.dtype != "bfloat16" else 0.01
-    assert_close(snapshot.weights, before.weights, rtol)
+    chex.assert_trees_all_close(snapshot.weights, before.weights, rtol=rtol)
     if name in IDENTICAL:
-        assert_close(
-            averages_in(snapshot.state_dict), averages_in(before.state_dict), rtol
+        chex.assert_trees_all_close(
+            averages_in(snapshot.state_dict), averages_in(before.state_dict), rtol=rtol
         )
     for entry in snapshot.state_dict["state"].values():
         assert all(isinstance(value, torch.Tensor) for value in entry.values())
