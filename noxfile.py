@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that must hold, from a bare clone.
+
+First what a newcomer runs (`make test`, `make demo`), then what is too slow or too
+special for one. `.ci/run` runs all of it, `.ci/run -s NAME` one session,
+`.ci/run --list` names them. A session that fails does not stop the others; the run
+fails at its end.
+"""
+
+import glob
+import shutil
+
+import nox
+
+nox.options.default_venv_backend = "uv"
+nox.options.error_on_missing_interpreters = True
+
+# Of the core alone: no Flax, so no examples either. `--no-skips`: in a run that is
+# to show something, a test that was skipped showed nothing.
+PYTEST = ["pytest", "--no-skips", "-n", "2"]
+CORE_TESTS = ["chex>=0.1.89", "hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.6"]
+NEED_FLAX = [
+    "asgd_optax/flax.py",
+    "asgd_optax/_batch_norm_linen.py",
+    "asgd_optax/_batch_norm_nnx.py",
+    "tests/test_checkpoint.py",
+    "tests/test_flax.py",
+    "tests/test_host_memory.py",
+]
+
+without_environment = nox.session(venv_backend="none")
+
+
+def make(session: nox.Session, *arguments: str) -> None:
+    """Runs `make`, whose targets keep environments of their own."""
+    session.run("make", *arguments, external=True)
+
+
+def check_clean_tree(session: nox.Session) -> None:
+    """Fails where something was written that git does not ignore."""
+    dirty = session.run("git", "status", "--porcelain", external=True, silent=True)
+    if dirty:
+        session.error(f"not a clean tree:\n{dirty}")
+
+
+@without_environment
+def lint(session: nox.Session) -> None:
+    """Style, format and types."""
+    make(session, "lint", "types")
+
+
+@without_environment
+def newcomer(session: nox.Session) -> None:
+    """README's two commands, twice in a row: the second time sets nothing up."""
+    make(session, "test", "ARGS=--no-skips -m 'not torch'")
+    make(session, "test", "ARGS=tests/test_docs.py")
+    make(session, "demo")
+    make(session, "demo")
+    check_clean_tree(session)
+
+
+@without_environment
+def docs(session: nox.Session) -> None:
+    """The site, built with warnings as errors and looked at in a browser."""
+    if shutil.which("chromium") is None:
+        session.run("apt-get", "update", "-q", external=True)
+        packages = ["chromium", "fonts-dejavu-core"]
+        session.run("apt-get", "install", "-y", "-q", *packages, external=True)
+    make(session, "test-docs", "ARGS=--no-skips")
+
+
+@nox.session
+@nox.parametrize("kind", ["whl", "tar.gz"])
+def distribution(session: nox.Session, kind: str) -> None:
+    """Wheel and sdist, each in an empty environment."""
+    make(session, "dist")
+    session.install(*glob.glob(f"dist/*.{kind}"))
+    # Away from the sources, which Python would find first.
+    session.chdir(session.create_tmp())
+    installed = (
+        "import asgd_optax, pathlib; file = pathlib.Path(asgd_optax.__file__);"
+        " assert 'site-packages' in file.parts;"
+        " assert file.with_name('py.typed').exists()"
+    )
+    session.run("python", "-c", installed)
+
+
+@nox.session
+def alias_tests(session: nox.Session) -> None:
+    """optax's own tests of its optimizers, with `asgd` in their table."""
+    session.install("-e", ".[test]", "absl-py")
+    session.run("python", "tools/optax_alias_tests.py", "-q")
+
+
+@without_environment
+def bench(session: nox.Session) -> None:
+    """The benchmarks, briefly."""
+    make(session, "bench", "ARGS=--quick")
+
+
+@nox.session(venv_backend="venv")
+def torch(session: nox.Session) -> None:
+    """A live PyTorch beside ours."""
+    session.install("-e", ".[test]", "torch==2.13.0", "expecttest")
+    session.run("pytest", "--no-skips", "-m", "torch", "tests")
+
+
+@without_environment
+def tpu(session: nox.Session) -> None:
+    """What the TPU's compiler makes of it."""
+    make(session, "test-tpu", "ARGS=--no-skips")
+
+
+@nox.session(python="3.13")
+def newest(session: nox.Session) -> None:
+    """The newest Python, and the newest jax, optax and Flax that it gets."""
+    session.install("--upgrade", "-e", ".[test]")
+    session.run(*PYTEST, "-m", "not torch")
+
+
+@nox.session
+def lowest(session: nox.Session) -> None:
+    """The lowest jax and optax that pyproject.toml allows, the core alone."""
+    session.install("--resolution", "lowest-direct", "-e", ".", *CORE_TESTS)
+    ignored = [f"--ignore={path}" for path in NEED_FLAX]
+    ignored += ["--ignore-glob=tests/test_example_*", "--ignore-glob=tests/*process*"]
+    session.run(*PYTEST, "-m", "not flax and not torch", *ignored)
+
+
+@without_environment
+def clean(session: nox.Session) -> None:
+    """A clean tree at the end."""
+    check_clean_tree(session)
