@@ -32,6 +32,7 @@ autodoc_typehints = "none"  # the signature would be three lines of types
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_use_rtype = False
 napoleon_attr_annotations = False
 autodoc_preserve_defaults = True
 
@@ -49,6 +50,7 @@ copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
 html_theme = "furo"
+pygments_dark_style = "github-dark"  # the theme's own underlines modules as if links
 html_title = "asgd_optax"
 # The second folder is what `make build/static/.mathjax` has fetched.
 html_static_path = ["_static", "../build/static"]
