@@ -14,7 +14,7 @@ from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
 
-INCLUDE = re.compile(r"^`{3,}\{include\} (\S+)$", re.MULTILINE)
+INCLUDE = re.compile(r"^[`:]{3,}\{include\} (\S+)$", re.MULTILINE)
 
 
 def pages_of_files(source: Path) -> dict[Path, str]:
