@@ -59,6 +59,33 @@ bench: $(VENV)-bench/.bench  ## Measure what it costs and what it buys; tables a
 	for name in $(BENCHMARKS); do \
 	  $(VENV)-bench/bin/python -m benchmarks.$$name $(ARGS) || exit 1; done
 
+# An environment of its own, so that what themes ask for decides nothing elsewhere.
+$(VENV)-docs/.docs: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	@touch $@
+
+# Fetched here once, so that neither the build nor a page asks another host for it.
+MATHJAX := build/static/.mathjax-3.2.2
+.PHONY: mathjax
+mathjax: $(MATHJAX)  ## Fetch MathJax for the site (npm)
+$(MATHJAX):
+	rm -rf build/static && mkdir -p build/static/mathjax
+	cd build/static && npm pack --silent mathjax@3.2.2 >/dev/null
+	tar -xzf build/static/mathjax-3.2.2.tgz -C build/static/mathjax --strip-components=1 \
+	  package/LICENSE package/es5/tex-mml-chtml.js package/es5/output/chtml/fonts
+	rm build/static/mathjax-3.2.2.tgz
+	@touch $@
+
+.PHONY: docs
+docs: $(VENV)-docs/.docs $(MATHJAX)  ## Build the documentation site in build/docs
+	rm -rf build/docs
+	$(VENV)-docs/bin/python -m sphinx -E -W --keep-going -q -d build/doctrees docs build/docs
+
+.PHONY: test-docs
+test-docs: docs  ## Build the site and look at it in Chromium
+	$(VENV)-docs/bin/python -m pytest tests/site $(ARGS)
+
 .PHONY: lint
 lint: $(VENV)/.dev  ## Check style and format (ruff)
 	$(BIN)/ruff check .

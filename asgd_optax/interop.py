@@ -5,7 +5,7 @@ At constant hyperparameters nothing changes at a move: `asgd` with torch's
 hyperparameters, state and weights goes on as torch would have, and torch goes on from
 its state. Under a torch scheduler the rate that torch holds after n steps acts at step
 n + 2, where here a schedule acts at once; with `schedule(n)` the rate that the
-scheduler sets after n steps,
+scheduler sets after n steps, ::
 
     asgd(**hyperparams | {"learning_rate": lambda n: schedule(jnp.maximum(n - 1, 0))})
 

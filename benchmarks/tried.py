@@ -6,7 +6,7 @@
 One leaf: the two kernels that XLA makes of a step against a loop over blocks that stay
 in the cache, the array updated in place. 1,000 leaves: what is the least time to
 compile a step with two results a leaf, each of one product and one difference. See
-`benchmarks/README.md`.
+`docs/developers/tried.md`.
 """
 
 from collections.abc import Callable, Sequence
