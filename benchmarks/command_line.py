@@ -36,7 +36,7 @@ def number(
 
 
 # For `type=` of an option that counts, of a rate, and of a step to begin after.
-count = number(int, lambda n: n >= 1, "a whole number, 1 or more")
+count = number(int, lambda n: 1 <= n < 2**31, "a whole number, 1 or more, in 32 bits")
 positive = number(float, lambda x: 0 < x < math.inf, "positive and finite")
 start = number(
     float,
@@ -48,6 +48,29 @@ start = number(
 def count_to(most: int, what: str) -> Callable[[str], Any]:
     """For `type=` of an option that counts to at most `most`, which is `what`."""
     return number(int, lambda n: 1 <= n <= most, f"from 1 to {most}, {what}")
+
+
+def add_steps(parser: Parser, default: int, least: int = 1) -> None:
+    """The option `--steps`, at least as many as this."""
+    wanted = f"a whole number, {least} or more, in 32 bits"
+    parser.add_argument(
+        "--steps",
+        type=number(int, lambda n: least <= n < 2**31, wanted),
+        default=default,
+        help="minibatches to train on (default: %(default)s)",
+    )
+
+
+def add_seeds(parser: Parser, default: int) -> None:
+    """The option `--seeds`, of programs that train all of them at once."""
+    parser.add_argument(
+        "--seeds",
+        # One has no standard deviation.
+        type=number(int, lambda n: 2 <= n <= 1000, "a whole number from 2 to 1000"),
+        default=default,
+        help="networks to train; a seed sets the initial weights and the"
+        " minibatches (default: %(default)s)",
+    )
 
 
 def check_output(parser: Parser, output: Path) -> None:
