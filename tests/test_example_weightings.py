@@ -10,9 +10,6 @@ from tests.programs import assert_explained, assert_lesson_refuses, error_of
 
 AVERAGES = ("uniform", "polynomial", "exponential")
 
-# For what the lesson needs: scikit-learn and matplotlib are where flax is.
-pytestmark = pytest.mark.flax
-
 
 def test_each_weighting_does_what_it_is_for(tmp_path, capsys):
     figure = tmp_path / "figure.png"
