@@ -38,8 +38,8 @@ Data = namedtuple("Data", ["images", "labels"])  # of shapes (n, 64) and (n,)
 Scores = namedtuple("Scores", ["loss", "accuracy"])  # the loss is the cross-entropy
 # Of the last iterate, of the averaged weights with its statistics, and with their own.
 Results = namedtuple("Results", ["last", "stale", "updated"])
-ROWS = ["last iterate | running       ", "averaged     | stale         "]
-ROWS += ["averaged     | estimated anew"]
+WEIGHTS = ["last iterate", "averaged", "averaged"]
+STATISTICS = ["running", "stale", "estimated anew"]
 
 
 def load_splits() -> tuple[Data, Data]:
@@ -134,15 +134,14 @@ def main(rate: float = RATE, *, steps: int = STEPS, seeds: int = SEEDS) -> Resul
     results = compare(model, optimizer, training, test)
     print("| weights      | statistics     | test loss       | test accuracy (%) |")
     print("| ------------ | -------------- | --------------- | ----------------- |")
-    for name, (loss, accuracy) in zip(ROWS, results, strict=True):
+    for weights, statistics, scores in zip(WEIGHTS, STATISTICS, results, strict=True):
+        loss, accuracy = scores
         losses = f"{loss.mean():.4f} ± {loss.std(ddof=1):.4f}"
         percents = f"{100 * accuracy.mean():.2f} ± {100 * accuracy.std(ddof=1):.2f}"
-        print(f"| {name} | {losses} | {percents:17} |")
+        print(f"| {weights:12} | {statistics:14} | {losses} | {percents:17} |")
     return results
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(
-        usage=argparse.SUPPRESS
-    ).parse_args()  # there are no options
+    argparse.ArgumentParser(usage=argparse.SUPPRESS).parse_args()  # no options
     main()
