@@ -30,7 +30,7 @@ $(VENV)/.dev: pyproject.toml
 
 .PHONY: demo
 demo: $(VENV)/.examples  ## Train on the digits, print the table, draw out/digits.png
-	$(BIN)/python examples/digits.py $(ARGS)
+	$(BIN)/python -m examples.digits $(ARGS)
 
 .PHONY: test
 test: $(VENV)/.test  ## Run the tests and doctests

@@ -39,13 +39,13 @@ def average_iterates(
     accumulator_dtype: DTypeLike | None = None,
     compensated: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """Polyak-Ruppert averaging of the iterates of any optimizer.
+    r"""Polyak-Ruppert averaging of the iterates of any optimizer.
 
     Put it last in a chain. It passes the updates through and keeps
 
-        average <- average + w(n) (p - average)
+    .. math:: \bar p \leftarrow \bar p + w(n)\,(p - \bar p)
 
-    over the iterates p_(start + every), p_(start + 2 every), … that
+    over the iterates p(start + every), p(start + 2 every), … that
     `optax.apply_updates` makes of the updates, n = 1, 2, … counting those averaged.
     Until the first of them the average follows the iterate. Read it with
     `asgd_optax.averaged_params`.

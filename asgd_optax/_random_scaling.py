@@ -62,17 +62,8 @@ def track_random_scaling(
     mean where no other average is kept.
 
     The rate has to decay as t^-a with a in (1/2, 1), over one pass of independent
-    observations. For least squares (half the squared error) or logistic regression
-    on d regressors of unit variance, an intercept among them, take
-    ``min(1 / d, 0.5 * t ** -0.505)`` at the t-th of n observations, and `start` n / 100
-    but no less than 10 d. In other units, with m the mean squared norm of the
-    regressors, ``min(1, 0.5 * d * t ** -0.505) / m``. At n = 100,000 the 95 % intervals
-    then covered 94.8 and 94.5 % in linear regressions with d = 5 and 20, 92.5 and
-    92.3 % in logistic ones (``benchmarks/coverage.md``). Where the loss has little
-    curvature in some direction (correlated regressors, confident predictions) the
-    iterate forgets slowly and the intervals are too short: with curvature k there and
-    the rate c t^-a, c k n^(1 - a) is to be 50 or more. A larger c helps, at the price
-    of length, and of bias where the loss is not quadratic.
+    observations: the guide to confidence intervals has a rule for rate and start, with
+    the coverage it was measured to have.
 
     Args:
       start: averages iterates after the first `start` updates: a whole number, or

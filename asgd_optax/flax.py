@@ -102,12 +102,15 @@ def update_batch_stats(
     call: Callable[[Any, Any], Any] | None = None,
     size: Callable[[Any], float] | None = None,
 ) -> Mapping[str, Any] | None:
-    """Estimates the statistics of BatchNorm anew, over a data set.
+    r"""Estimates the statistics of BatchNorm anew, over a data set.
 
     Averaged weights make other activations than the iterates that the running
     statistics followed. Here each BatchNorm gets the means over `batches`,
 
-        mean = sum_b n_b mean_b / sum_b n_b,    var = sum_b n_b var_b / sum_b n_b
+    .. math::
+
+        \mathrm{mean} = \frac{\sum_b n_b\,\mathrm{mean}_b}{\sum_b n_b}, \quad
+        \mathrm{var} = \frac{\sum_b n_b\,\mathrm{var}_b}{\sum_b n_b}
 
     with n_b the size of the batch b, and mean_b and var_b what the layer normalises
     it with. Neither its momentum nor its statistics from before play a part.
@@ -117,7 +120,7 @@ def update_batch_stats(
     numbers a channel; it turns dropout on. Here BatchNorm alone is made to use the
     batch's statistics, and all else runs in the mode in which it is found.
 
-    A model of Flax NNX is updated in place: the `BatchStat`s of its BatchNorms, all
+    A model of Flax NNX is updated in place: the `BatchStat` of its BatchNorms, all
     at once when the last batch has been seen. An error leaves the model as it was. The
     modes and momenta, the counts of its `Rngs` and its other variables never change.
 

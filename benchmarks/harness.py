@@ -26,8 +26,10 @@ import google_benchmark
 import torch
 from tqdm import tqdm
 
-from examples import command_line
+from benchmarks import command_line
 
+# The one style of all figures, which says what a colour means.
+STYLE = Path(__file__).parents[1] / "examples" / "style.mplstyle"
 LIBRARIES = ("jax", "optax", "flax", "torch", "scikit-learn", "google-benchmark")
 
 

@@ -45,17 +45,17 @@ PASSES = (1, 2, 5, 10)
 FACTORS = (0.125, 0.25, 0.5, 2)
 # So that every batch size divides a tenth of the training set.
 MULTIPLE = 1280
-# Colour, of Okabe & Ito, and style of a method's line in the picture.
+# Colour and style of a method's line in the picture.
 LINES = {
-    "`asgd`": ("#0072B2", "-"),
-    "`asgd`, its last iterate": ("#56B4E9", "-"),
-    "SGD, Bottou's rate": ("#D55E00", "-"),
-    "SGD, rate to 0 in one pass": ("#D55E00", "D"),
-    "Adam + `average_iterates`": ("#009E73", "-"),
-    "Adam": ("#CC79A7", "-"),
-    "`SGDClassifier`": ("0.4", "--"),
-    "`SGDClassifier`, average": ("#E69F00", "--"),
-    "`SGDClassifier`, average, constant rate": ("#E69F00", ":"),
+    "`asgd`": ("C1", "-"),
+    "`asgd`, its last iterate": ("C0", "-"),
+    "SGD, Bottou's rate": ("C0", "--"),
+    "SGD, rate to 0 in one pass": ("C0", "D"),
+    "Adam + `average_iterates`": ("C1", "--"),
+    "Adam": ("C2", "--"),
+    "`SGDClassifier`": ("C4", "-"),
+    "`SGDClassifier`, average": ("C5", "-"),
+    "`SGDClassifier`, average, constant rate": ("C5", ":"),
 }
 
 
@@ -525,7 +525,8 @@ def section(result: Study) -> str:
 
 def draw(results: Sequence[Study], output: Path) -> None:
     """Draws the cost against passes, a panel for each problem."""
-    figure, panels = plt.subplots(1, 2, figsize=(10, 5), layout="constrained")
+    plt.style.use(harness.STYLE)
+    figure, panels = plt.subplots(1, 2, figsize=(10, 5))
     passes = np.array(CHECKPOINTS) / 10
     for axes, result in zip(panels, results, strict=True):
         for name, (colour, style) in LINES.items():
@@ -545,11 +546,9 @@ def draw(results: Sequence[Study], output: Path) -> None:
         axes.xaxis.set_major_locator(FixedLocator(passes))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(output, dpi=120)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    figure.savefig(output)
     plt.close(figure)
 
 

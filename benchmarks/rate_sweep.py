@@ -278,11 +278,11 @@ def range_table(rates: np.ndarray, last: np.ndarray, average: np.ndarray) -> str
 
 def draw(rates: np.ndarray, results: Accuracy, output: Path) -> None:
     """Draws the last iterate's accuracies as a strip, the averages' as a map."""
+    plt.style.use(harness.STYLE)
     figure, (strip, heat) = plt.subplots(
         2,
         sharex=True,
         figsize=(7.5, 4.6),
-        layout="constrained",
         gridspec_kw={"height_ratios": (1, len(STARTS))},
     )
     best = max(np.mean(scores, axis=0).max() for scores in results)
@@ -301,13 +301,13 @@ def draw(rates: np.ndarray, results: Accuracy, output: Path) -> None:
             vmin=100 * best - 6,
             vmax=100 * best,
         )
-        for name, marked, marker, colour in (
-            (f"within {100 * NEAR:g} point of the best", mean >= best - NEAR, "o", "k"),
-            (f"a seed below {100 * FAILED:g} %", worst < FAILED, "x", "#D55E00"),
+        for name, marked, marker in (
+            (f"within {100 * NEAR:g} point of the best", mean >= best - NEAR, "o"),
+            (f"a seed below {100 * FAILED:g} %", worst < FAILED, "x"),
         ):
             y, x = np.nonzero(marked)
-            axes.scatter(rates[x], y, s=7, c=colour, marker=marker, lw=0.8, label=name)
-        axes.spines[["top", "right"]].set_visible(False)
+            axes.scatter(rates[x], y, s=7, c="k", marker=marker, lw=0.8, label=name)
+        axes.grid(visible=False)
     strip.set_yticks([0], ["last iterate"])
     heat.set_yticks(range(len(STARTS)), [f"{start:g}" for start in STARTS])
     heat.set(
@@ -322,8 +322,8 @@ def draw(rates: np.ndarray, results: Accuracy, output: Path) -> None:
         mesh, ax=(strip, heat), extend="min", label="test accuracy (%), mean over seeds"
     )
     handles, labels = heat.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=2, frameon=False)
-    figure.savefig(output, dpi=120)
+    figure.legend(handles, labels, loc="outside upper left", ncols=2)
+    figure.savefig(output)
     plt.close(figure)
 
 

@@ -348,7 +348,8 @@ One step alone, float32, gradients fixed. JAX on {jax_device}, torch on \
 def draw(times: Mapping[str, Mapping[str, harness.Time]], output: Path) -> None:
     """Draws the steps' times over that of `BASE`, a panel for each tree."""
     names = [name for name in next(iter(times.values())) if name not in COPIES]
-    colors = {"this library": "#E69F00", "optax": "#0072B2", "PyTorch": "0.6"}
+    plt.style.use(harness.STYLE)
+    colors = {"this library": "C1", "optax": "C2", "PyTorch": "C3"}
 
     def source(name: str) -> str:
         if name.startswith("torch"):
@@ -356,9 +357,7 @@ def draw(times: Mapping[str, Mapping[str, harness.Time]], output: Path) -> None:
         ours = "asgd" in name or "average_iterates" in name
         return "this library" if ours else "optax"
 
-    figure, panels = plt.subplots(
-        ncols=len(times), figsize=(11, 4.6), sharey=True, layout="constrained"
-    )
+    figure, panels = plt.subplots(ncols=len(times), figsize=(11, 4.6), sharey=True)
     for axes, (title, steps) in zip(panels, times.items(), strict=True):
         base = steps[BASE].median
         for name in names:
@@ -377,13 +376,12 @@ def draw(times: Mapping[str, Mapping[str, harness.Time]], output: Path) -> None:
             title=f"{title}\n{BASE}: {1e3 * base:.3g} ms", xlabel=f"time, {BASE} = 1"
         )
         axes.margins(x=0.18)
-        axes.grid(axis="x", alpha=0.3)
+        axes.grid(visible=False, axis="y")
         axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
     panels[0].invert_yaxis()
     handles = [Patch(color=color, label=label) for label, color in colors.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(output, dpi=120)
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    figure.savefig(output)
     plt.close(figure)
 
 

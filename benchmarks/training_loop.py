@@ -30,6 +30,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import torch
+from matplotlib.patches import Patch
 from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel
 
@@ -421,42 +422,44 @@ network on minibatches of 32 in float32, on the CPU. Medians (and quartiles) ove
 
 def draw(rows: dict[str, Row], output: Path) -> None:
     """A bar for every time, from zero, with its quartiles."""
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    plt.style.use(harness.STYLE)
+    figure, axes = plt.subplots(figsize=(7, 4.2))
 
-    def bars(
-        label: str, colour: str, height: float, times: dict[float, harness.Time]
-    ) -> None:
-        medians, lows, highs = np.array(list(times.values())).T
+    def bar(y: float, height: float, color: str, alpha: float, time: Any) -> None:
         drawn = axes.barh(
-            list(times),
-            medians,
+            y,
+            time.median,
             height,
-            color=colour,
-            label=label,
-            xerr=(medians - lows, highs - medians),
+            color=color,
+            alpha=alpha,
+            xerr=([time.median - time.low], [time.high - time.median]),
             error_kw={"ecolor": "0.4", "elinewidth": 1},
         )
         axes.bar_label(drawn, fmt="{:.0f}", padding=3, fontsize=8)
 
-    of_jax = {n: row for n, row in enumerate(rows.values()) if row.scan}
-    of_torch = {n: row.loop for n, row in enumerate(rows.values()) if not row.scan}
-    scans = {n - 0.2: row.scan for n, row in of_jax.items()}
-    loops = {n + 0.2: row.loop for n, row in of_jax.items()}
-    bars("JAX, all steps in one scan", "#0072B2", 0.38, scans)
-    bars("JAX, a call a step", "#56B4E9", 0.38, loops)
-    bars("torch, a call a step", "#E69F00", 0.7, of_torch)
+    for y, (name, row) in enumerate(rows.items()):
+        if row.scan:
+            ours = "asgd" in name or "average_iterates" in name
+            color = "C1" if ours else "C2"
+            bar(y - 0.2, 0.38, color, 1.0, row.scan)
+            bar(y + 0.2, 0.38, color, 0.5, row.loop)
+        else:
+            bar(y, 0.7, "C3", 0.5, row.loop)
     axes.set_yticks(range(len(rows)), rows)
     axes.invert_yaxis()
     axes.set(
         title="One training step, all of it, on the CPU",
         xlabel="time a step (µs): median and quartiles",
     )
-    axes.grid(axis="x", alpha=0.3)
+    axes.grid(visible=False, axis="y")
     axes.set_axisbelow(True)
     axes.margins(x=0.1)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="upper right", frameon=False)
-    figure.savefig(output, dpi=120)
+    sources = {"this library": "C1", "optax": "C2", "torch": "C3"}
+    handles = [Patch(color=color, label=label) for label, color in sources.items()]
+    handles.append(Patch(color="0.3", label="all steps in one scan"))
+    handles.append(Patch(color="0.3", alpha=0.5, label="a call a step"))
+    axes.legend(handles=handles, loc="upper right")
+    figure.savefig(output)
     plt.close(figure)
 
 

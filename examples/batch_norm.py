@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """BatchNorm with Flax NNX: averaged weights need statistics of their own.
 
-    python examples/batch_norm.py
+    python -m examples.batch_norm
 
 A small network with BatchNorm learns scikit-learn's digits by SGD at a constant
 rate, and the mean of its iterates is taken. The running statistics have followed
@@ -9,13 +9,13 @@ the iterates: with them the averaged weights are normalised by means and varianc
 of activations that they do not have. `update_batch_stats` estimates the statistics
 anew over the training set. The table compares, on the test set, the last iterate
 and the averaged weights with either statistics. The rate is large, so that the
-iterates are far apart: at `--rate 0.3` stale statistics do much less harm. All seeds
-train at once, under `nnx.vmap`.
+iterates are far apart. All seeds train at once, under `nnx.vmap`.
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections import namedtuple
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,49 +24,30 @@ import optax
 from flax import nnx
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from tqdm import tqdm
+from tqdm import trange
 
-from asgd_optax import average_iterates, averaged_params
-from asgd_optax.flax import update_batch_stats
+from asgd_optax import average_iterates
+from asgd_optax.flax import averaged_model, update_batch_stats
 
-try:
-    from examples import command_line, digits
-    from examples.digits import Data, Scores
-except ModuleNotFoundError:  # run as a script, with this folder on the path
-    import command_line
-    import digits
-    from digits import Data, Scores
-
-BATCH_SIZE = 32
+RATE, STEPS, BATCH_SIZE = 3.0, 2000, 32  # averaging begins after a tenth of the steps
 HIDDEN_UNITS = 64
 MOMENTUM = 0.9  # of the running statistics
+SEEDS = 10
 
-
-class Results(NamedTuple):
-    """What a run measured.
-
-    Attributes:
-      last: the last iterate, with the running statistics.
-      stale: the averaged weights, with the last iterate's running statistics.
-      updated: the averaged weights, with statistics estimated anew.
-    """
-
-    last: Scores
-    stale: Scores
-    updated: Scores
+Data = namedtuple("Data", ["images", "labels"])  # of shapes (n, 64) and (n,)
+Scores = namedtuple("Scores", ["loss", "accuracy"])  # the loss is the cross-entropy
+# Of the last iterate, of the averaged weights with its statistics, and with their own.
+Results = namedtuple("Results", ["last", "stale", "updated"])
+WEIGHTS = ["last iterate", "averaged", "averaged"]
+STATISTICS = ["running", "stale", "estimated anew"]
 
 
 def load_splits() -> tuple[Data, Data]:
-    """The same 1297 training and 500 test images every time."""
-    images, labels = load_digits(return_X_y=True)
-    images, test_images, labels, test_labels = train_test_split(
-        (images / 16).astype(np.float32),
-        labels,
-        test_size=500,
-        stratify=labels,
-        random_state=0,
-    )
-    return Data(images, labels), Data(test_images, test_labels)
+    """The same 1297 training and 500 test examples every time."""
+    x, y = load_digits(return_X_y=True)
+    x, split = (x / 16).astype(np.float32), {"test_size": 500, "random_state": 0}
+    x, x_test, y, y_test = train_test_split(x, y, stratify=y, **split)
+    return Data(x, y), Data(x_test, y_test)
 
 
 def minibatches(data: Data, seed: int) -> Iterator[Data]:
@@ -79,12 +60,9 @@ def minibatches(data: Data, seed: int) -> Iterator[Data]:
             yield Data(data.images[picked], data.labels[picked])
 
 
-def create(
-    seed: jax.Array, tx: optax.GradientTransformation
-) -> tuple[nnx.Module, nnx.Optimizer]:
-    """A freshly initialised network and its optimizer."""
-    rngs = nnx.Rngs(jax.random.key(seed))
-    model = nnx.Sequential(
+def create_model(rngs: nnx.Rngs) -> nnx.Sequential:
+    """A freshly initialised network."""
+    return nnx.Sequential(
         nnx.Linear(64, HIDDEN_UNITS, rngs=rngs),
         nnx.BatchNorm(HIDDEN_UNITS, momentum=MOMENTUM, rngs=rngs),
         nnx.relu,
@@ -93,103 +71,77 @@ def create(
         nnx.relu,
         nnx.Linear(HIDDEN_UNITS, 10, rngs=rngs),
     )
-    return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+
+def score(model: Any, data: Data) -> Scores:
+    """The model's mean cross-entropy and accuracy."""
+    logits = model(data.images)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, data.labels)
+    return Scores(losses.mean(), (logits.argmax(axis=-1) == data.labels).mean())
+
+
+@nnx.jit
+@nnx.vmap
+def train_step(model: nnx.Module, optimizer: nnx.Optimizer[Any], batch: Data) -> None:
+    """One step of every seed."""
+    grads = nnx.grad(lambda model: score(model, batch).loss)(model)
+    optimizer.update(model, grads)
 
 
 @nnx.jit
 @nnx.vmap(in_axes=(0, None))
-def run(model: nnx.Module, images: jax.Array) -> jax.Array:
-    """Every seed's network on the same images."""
-    return model(images)
-
-
-evaluate = nnx.jit(nnx.vmap(digits.score, in_axes=(0, None)))
-
-
-def train(
-    splits: tuple[Data, Data], rate: float, start: float, steps: int, seeds: int
-) -> Results:
-    """Trains a network per seed; scores its iterate and its average on the test set."""
-    training, test = splits
-    tx = optax.chain(optax.sgd(rate), average_iterates(start=start))
-    model, optimizer = nnx.vmap(lambda seed: create(seed, tx))(jnp.arange(seeds))
-    streams = [minibatches(training, seed) for seed in range(seeds)]
-    for _ in tqdm(range(steps), desc="training", unit="step"):
-        batches = [next(stream) for stream in streams]
-        batch = jax.tree.map(lambda *xs: np.stack(xs), *batches)
-        digits.train_step(model, optimizer, batch)
-
+def evaluate(model: Any, data: Data) -> Scores:
+    """Every seed's scores, with the statistics that the model has kept."""
+    model = nnx.clone(model)  # the mode of the one in training stays
     model.eval()
-    last = evaluate(model, test)
-    nnx.update(model, averaged_params(optimizer.opt_state, nnx.state(model, nnx.Param)))
-    stale = evaluate(model, test)
+    return score(model, data)
+
+
+# Every seed's network on the same images.
+run = nnx.jit(nnx.vmap(lambda model, images: model(images), in_axes=(0, None)))
+
+
+def train(training: Data, rate: float, steps: int, seeds: int) -> Any:
+    """A network per seed and their optimizer, after these steps."""
+    tx = optax.chain(optax.sgd(rate), average_iterates(start=steps // 10))
+
+    @nnx.vmap
+    def create(seed: jax.Array) -> tuple[nnx.Module, nnx.Optimizer[Any]]:
+        model = create_model(nnx.Rngs(jax.random.key(seed)))
+        return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    model, optimizer = create(jnp.arange(seeds))
+    streams = [minibatches(training, seed) for seed in range(seeds)]
+    for _ in trange(steps, desc="training"):
+        batches = [next(stream) for stream in streams]
+        train_step(model, optimizer, jax.tree.map(lambda *xs: np.stack(xs), *batches))
+    return model, optimizer
+
+
+def compare(model: nnx.Module, optimizer: Any, training: Data, test: Data) -> Results:
+    """The scores on the test set; `model` stays as it is, to train on."""
+    averaged = averaged_model(model, optimizer)
+    last, stale = evaluate(model, test), evaluate(averaged, test)
     # The last of these batches is smaller, and weighs less.
     sections = range(BATCH_SIZE, len(training.images), BATCH_SIZE)
-    update_batch_stats(model, np.split(training.images, sections), call=run)
-    updated = evaluate(model, test)
-    return jax.tree.map(np.asarray, Results(last, stale, updated))
+    update_batch_stats(averaged, np.split(training.images, sections), call=run)
+    return jax.tree.map(np.asarray, Results(last, stale, evaluate(averaged, test)))
 
 
-def table(results: Results) -> str:
-    """The test scores of the three, mean ± standard deviation over the seeds."""
-    lines = [
-        "| weights      | statistics      | test loss       | test accuracy (%) |",
-        "| ------------ | --------------- | --------------- | ----------------- |",
-    ]
-    for weights, statistics, scores in (
-        ("last iterate", "running", results.last),
-        ("averaged", "stale", results.stale),
-        ("averaged", "estimated anew", results.updated),
-    ):
-        loss = command_line.spread(scores.loss, 4)
-        accuracy = command_line.spread(100 * scores.accuracy, 2)
-        lines.append(f"| {weights:12} | {statistics:15} | {loss:15} | {accuracy:17} |")
-    return "\n".join(lines)
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options, checked."""
-    count = command_line.count
-    parser = command_line.Parser(
-        "Average a network with BatchNorm; compare its statistics."
-    )
-    parser.add_argument(
-        "--rate",
-        type=command_line.positive,
-        default=3.0,
-        help="learning rate, constant (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--start",
-        type=command_line.start,
-        help="steps before averaging begins, inf for never (default: a tenth of them)",
-    )
-    parser.add_argument(
-        "--steps",
-        type=count,
-        default=2000,
-        help="minibatches to train on (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seeds",
-        type=count,
-        default=10,
-        help="networks to train (default: %(default)s)",
-    )
-    options = parser.parse_args(argv)
-    if options.start is None:
-        options.start = float(options.steps // 10)
-    return options
-
-
-def main(argv: Sequence[str] | None = None) -> Results:
-    """Trains, prints the table and returns what was measured."""
-    options = parse(argv)
-    results = train(load_splits(), **vars(options))
-    print(table(results))
-    print(command_line.describe(vars(options)))
+def main(rate: float = RATE, *, steps: int = STEPS, seeds: int = SEEDS) -> Results:
+    training, test = load_splits()
+    model, optimizer = train(training, rate, steps, seeds)
+    results = compare(model, optimizer, training, test)
+    print("| weights      | statistics     | test loss       | test accuracy (%) |")
+    print("| ------------ | -------------- | --------------- | ----------------- |")
+    for weights, statistics, scores in zip(WEIGHTS, STATISTICS, results, strict=True):
+        loss, accuracy = scores
+        losses = f"{loss.mean():.4f} ± {loss.std(ddof=1):.4f}"
+        percents = f"{100 * accuracy.mean():.2f} ± {100 * accuracy.std(ddof=1):.2f}"
+        print(f"| {weights:12} | {statistics:14} | {losses} | {percents:17} |")
     return results
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(usage=argparse.SUPPRESS).parse_args()  # no options
     main()

@@ -1,7 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the tests of the examples need: how a program refuses, and what it explains."""
 
+import runpy
+import sys
+from pathlib import Path
+
 import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def error_of(main, argv, capsys, code=2):
@@ -53,3 +59,27 @@ def contents(folder):
         path.relative_to(folder): path.read_bytes() if path.is_file() else None
         for path in folder.rglob("*")
     }
+
+
+def command_line_of(lesson, monkeypatch):
+    """The command line of a lesson, as a function of its arguments."""
+
+    def run(argv):
+        monkeypatch.setattr(sys, "argv", [str(EXAMPLES / f"{lesson}.py"), *argv])
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+    return run
+
+
+def assert_lesson_refuses(lesson, folder, monkeypatch, capsys):
+    """One line before the training, and no file is touched, where an option is bad."""
+    run = command_line_of(lesson, monkeypatch)
+    assert "--speed" in error_of(run, ["--speed", "1"], capsys)
+    (folder / "file").write_bytes(b"no folder")
+    (folder / "figure.xyz").write_bytes(b"no figure")
+    (folder / "folder.png").mkdir()
+    before = contents(folder)
+    for path in ("figure.xyz", "file/figure.png", "folder.png", f"{'long' * 99}.png"):
+        argv = ["--output", str(folder / path)]
+        assert "--output" in error_of(run, argv, capsys), path
+        assert contents(folder) == before

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`examples/weightings.py` shows what it says, and refuses bad options in one line."""
+"""`examples/weightings.py` shows what it says; `benchmarks/weightings.py` varies it."""
 
 import numpy as np
 import pytest
 
+from benchmarks import weightings as study
 from examples import weightings
-from tests.programs import assert_refuses_outputs, error_of
+from tests.programs import assert_explained, assert_lesson_refuses, error_of
 
 AVERAGES = ("uniform", "polynomial", "exponential")
 
 
 def test_each_weighting_does_what_it_is_for(tmp_path, capsys):
-    figure = tmp_path / "new" / "figure.png"
-    options = ["--steps", "400", "--seeds", "5", "--output", str(figure)]
-    results = weightings.main(options)
+    figure = tmp_path / "figure.png"
+    results = weightings.main(figure, steps=400, seeds=5)
 
     assert results.curves.keys() == results.test.keys() == weightings.COLORS.keys()
     assert {losses.shape for losses in results.test.values()} == {(5,)}
@@ -38,19 +38,25 @@ def test_each_weighting_does_what_it_is_for(tmp_path, capsys):
     printed = capsys.readouterr().out
     for mean in test.values():
         assert f"{mean:.4f} ±" in printed
-    assert "start 0, decay 0.99, gamma 3, steps 400, seeds 5" in printed
-    assert str(figure) in printed
 
 
-def test_without_averaging_all_are_the_last_iterate(tmp_path):
-    figure = tmp_path / "figure.png"
-    options = ["--steps", "2", "--seeds", "1", "--start", "inf", "--rate", "0.1"]
-    results = weightings.main([*options, "--output", str(figure)])
-    for name in AVERAGES:
-        np.testing.assert_allclose(
-            results.curves[name], results.curves["last iterate"], rtol=1e-6
-        )
-    assert figure.exists()
+def test_a_bad_option_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
+    assert_lesson_refuses("weightings", tmp_path, monkeypatch, capsys)
+
+
+def test_the_study_is_the_lesson_at_another_rate(monkeypatch, capsys):
+    def train(*settings):
+        assert settings == (0.02, 3, 2)
+        losses = {
+            name: np.array([n, n + 0.5]) for n, name in enumerate(weightings.COLORS)
+        }
+        return weightings.Results(None, None, losses)
+
+    monkeypatch.setattr(weightings, "train", train)
+    study.main(["--rate", "0.02", "--steps", "3", "--seeds", "2"])
+    printed = capsys.readouterr().out
+    assert "| uniform      | 1.2500 ± 0.3536 |" in printed
+    assert "rate 0.02, steps 3, seeds 2" in printed
 
 
 @pytest.mark.parametrize(
@@ -59,27 +65,17 @@ def test_without_averaging_all_are_the_last_iterate(tmp_path):
         ("--rate", "0"),
         ("--rate", "nan"),
         ("--rate", "fast"),
-        ("--start", "-1"),
-        ("--start", "2.5"),
-        ("--start", "nan"),
-        ("--decay", "1"),
-        ("--decay", "-0.1"),
-        ("--decay", "nan"),
-        ("--gamma", "-1"),
-        ("--gamma", "inf"),
         ("--steps", "0"),
         ("--steps", "1.5"),
-        ("--seeds", "0"),
+        ("--steps", "9" * 20),
+        ("--seeds", "1"),
+        ("--seeds", "9" * 20),
         ("--speed", "1"),
     ],
 )
-def test_a_bad_option_is_refused_in_one_line(option, value, tmp_path, capsys):
-    figure = tmp_path / "new" / "figure.png"
-    argv = [option, value, "--output", str(figure)]
-    assert option in error_of(weightings.main, argv, capsys)
-    # Nor is a folder made for a figure that will not be drawn.
-    assert not figure.parent.exists()
+def test_the_study_refuses_a_bad_option_in_one_line(option, value, capsys):
+    assert option in error_of(study.main, [f"{option}={value}"], capsys)
 
 
-def test_an_output_that_cannot_be_written_is_refused(tmp_path, capsys):
-    assert_refuses_outputs(weightings.main, tmp_path, capsys)
+def test_the_study_explains_every_option_with_its_default(capsys):
+    assert_explained(study.main, ("--rate", "--steps", "--seeds"), capsys)
