@@ -12,20 +12,23 @@ export PYTHONDONTWRITEBYTECODE := 1
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-# Stamped, so that a second run installs nothing.
-$(VENV)/.examples: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[examples]'
+# What makes an environment with an extra of pyproject.toml in it. Stamped, so that a
+# second run installs nothing.
+ENVIRONMENT = $(PYTHON) -m venv $(@D) && $(@D)/bin/pip install --quiet \
+  --disable-pip-version-check --editable
+
+$(VENV)/.examples $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: pyproject.toml
+	$(ENVIRONMENT) '.[$*]'
 	@touch $@
 
-$(VENV)/.test: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+# Others have one of their own: beside the TPU's library or a live torch the ordinary
+# tests are not the same, and what themes ask for is to decide nothing elsewhere.
+$(VENV)-bench/.bench $(VENV)-docs/.docs: pyproject.toml
+	$(ENVIRONMENT) '.[$(@F:.%=%)]'
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+$(VENV)-tpu/.test: pyproject.toml
+	$(ENVIRONMENT) . 'jax[tpu]' chex hypothesis pytest
 	@touch $@
 
 .PHONY: demo
@@ -36,21 +39,9 @@ demo: $(VENV)/.examples  ## Train on the digits, print the table, draw out/digit
 test: $(VENV)/.test  ## Run the tests and doctests
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
-# An environment of its own: beside other tests the TPU's library disturbs them.
-$(VENV)-tpu/.test: pyproject.toml
-	$(PYTHON) -m venv $(VENV)-tpu
-	$(VENV)-tpu/bin/pip install --quiet --disable-pip-version-check --editable . 'jax[tpu]' pytest hypothesis
-	@touch $@
-
 .PHONY: test-tpu
 test-tpu: $(VENV)-tpu/.test  ## Ask the TPU compiler, without a TPU
 	$(VENV)-tpu/bin/python -m pytest tests/tpu $(ARGS)
-
-# An environment of its own: beside a live torch the ordinary tests are not the same.
-$(VENV)-bench/.bench: pyproject.toml
-	$(PYTHON) -m venv $(VENV)-bench
-	$(VENV)-bench/bin/pip install --quiet --disable-pip-version-check --editable '.[bench]'
-	@touch $@
 
 BENCHMARKS := step_cost training_loop one_pass rate_sweep
 
@@ -58,12 +49,6 @@ BENCHMARKS := step_cost training_loop one_pass rate_sweep
 bench: $(VENV)-bench/.bench  ## Measure what it costs and what it buys; tables and pictures
 	for name in $(BENCHMARKS); do \
 	  $(VENV)-bench/bin/python -m benchmarks.$$name $(ARGS) || exit 1; done
-
-# An environment of its own, so that what themes ask for decides nothing elsewhere.
-$(VENV)-docs/.docs: pyproject.toml
-	$(PYTHON) -m venv $(VENV)-docs
-	$(VENV)-docs/bin/pip install --quiet --disable-pip-version-check --editable '.[docs]'
-	@touch $@
 
 # Fetched here once, so that neither the build nor a page asks another host for it.
 MATHJAX := build/static/.mathjax-3.2.2
