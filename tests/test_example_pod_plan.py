@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from benchmarks import tpu_compiler
 from examples import pod_plan
+from tests.programs import command_line_of, error_of
 
 
 @pytest.mark.parametrize(("apart", "leaves"), [(False, 12), (True, 9 * 80 + 3)])
@@ -33,3 +34,8 @@ def test_a_missing_compiler_is_said_in_one_line(monkeypatch):
     monkeypatch.setattr(tpu_compiler, "installed", lambda: False)
     with pytest.raises(SystemExit, match=r"pip install 'jax\[tpu\]'"):
         pod_plan.main()
+
+
+def test_it_takes_no_options(monkeypatch, capsys):
+    run = command_line_of("pod_plan", monkeypatch)
+    assert "--speed" in error_of(run, ["--speed", "1"], capsys)
