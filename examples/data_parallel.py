@@ -145,6 +145,6 @@ def main(steps: int = STEPS) -> dict[str, Outcome]:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(usage=argparse.SUPPRESS).parse_args()
+    argparse.ArgumentParser(usage=argparse.SUPPRESS).parse_args()  # no options
     jax.config.update("jax_num_cpu_devices", 8)
     main()

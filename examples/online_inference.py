@@ -139,7 +139,7 @@ def main(output: Path = OUTPUT, n: int = OBSERVATIONS, streams: int = STREAMS) -
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)  # an error is one line
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="of the figure")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help=f"default {OUTPUT}")
     output = parser.parse_args().output
     try:  # a blank one, to know before the training that it can be saved
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -140,7 +140,5 @@ def main(topology: str = TOPOLOGY, layers: int = LAYERS, apart: bool = False) ->
 
 
 if __name__ == "__main__":
-    command = argparse.ArgumentParser(usage=argparse.SUPPRESS)
-    command.description = "Plan an averaged update on a TPU pod."
-    command.parse_args()
+    argparse.ArgumentParser(usage=argparse.SUPPRESS).parse_args()  # no options
     main()
