@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How often the intervals of `track_random_scaling` hold the truth.
 
-    python benchmarks/coverage.py --output benchmarks/coverage.md
+    python -m benchmarks.coverage --output benchmarks/coverage.md
 
 The designs of Lee, Liao, Seo & Shin (2022): one pass of SGD over a stream of
 independent observations, one a step, from zero. The d regressors are N(0, I), the
@@ -14,11 +14,10 @@ of the parameters. All step sizes see the same data, and two trackers stand in o
 chain, one that averages from the first iterate on and one after a burn-in.
 """
 
-import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +29,7 @@ import optax
 from tqdm import tqdm
 
 from asgd_optax import averaged_params, confidence_interval, track_random_scaling
+from benchmarks import command_line
 
 CHUNK = 100  # observations drawn at once
 BURN_IN = 100  # one observation of so many
@@ -39,7 +39,7 @@ class Design(NamedTuple):
     """A regression to learn from a stream; its coefficients are of shape (d,)."""
 
     name: str
-    loss: Any
+    loss: Callable[[jax.Array, jax.Array], jax.Array]
     coefficients: np.ndarray
     # The diagonal of H^-1 S H^-1: n times the least asymptotic variance.
     bounds: np.ndarray
@@ -156,7 +156,7 @@ def measure(
         updates, state = optimizer(rate).update(jax.grad(loss)(params), state, params)
         return optax.apply_updates(params, updates), state
 
-    batch = Rate(*(jnp.asarray(values) for values in zip(*tried, strict=True)))
+    batch = jax.tree.map(lambda *values: jnp.asarray(values), *tried)
 
     @partial(jax.jit, donate_argnums=0)
     def advance(carry: Any, key: jax.Array) -> Any:
@@ -274,18 +274,29 @@ def study(observations: int, replications: int, seed: int) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description="Coverage of the intervals.", usage=argparse.SUPPRESS
+    parser = command_line.Parser("Coverage of the intervals.")
+    parser.add_argument(
+        "--observations",
+        type=command_line.number(
+            int, lambda n: n > 0 and n % CHUNK == 0, f"a positive multiple of {CHUNK}"
+        ),
+        default=100_000,
+        help="length of a stream (default: %(default)s)",
     )
-    parser.add_argument("--observations", type=int, default=100_000)
-    parser.add_argument("--replications", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=2022)
+    parser.add_argument(
+        "--replications",
+        type=command_line.number(int, lambda n: n >= 32, "32 or more"),
+        default=1000,
+        help="streams of a design (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=command_line.number(int, lambda n: 0 <= n < 2**31, "from 0 to 2147483647"),
+        default=2022,
+        help="of the first design; the others count on (default: %(default)s)",
+    )
     parser.add_argument("--output", type=Path, help="where to write the page")
     options = parser.parse_args(argv)
-    if options.observations < CHUNK or options.observations % CHUNK:
-        parser.error(f"argument --observations: must be a multiple of {CHUNK}")
-    if options.replications < 32:
-        parser.error("argument --replications: must be 32 or more")
     if options.output is not None:  # now, not when all has been run
         try:
             options.output.open("a").close()
@@ -293,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error(f"argument --output: {options.output}: {error.strerror}")
     rows = study(options.observations, options.replications, options.seed)
     page = PAGE.format(
-        command=f"python benchmarks/coverage.py {' '.join(argv or sys.argv[1:])}",
+        command=f"python -m benchmarks.coverage {' '.join(argv or sys.argv[1:])}",
         replications=options.replications,
         long=10 * options.observations,
         noise=options.replications**-0.5,

@@ -8,15 +8,13 @@ compiled ahead of time for each topology and is not run. The first table has one
 of half a gigabyte a chip; the second 32 leaves of 64 MiB, their average in host memory.
 """
 
-from typing import Any
-
 import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from asgd_optax import asgd, average_iterates, nt_asgd, track_random_scaling
-from examples import tpu_compiler
+from benchmarks import tpu_compiler
 
 TOPOLOGIES = ("v4:2x2x1", "v5e:2x4", "v5p:2x2x1", "v6e:2x2")
 DTYPES = ("float32", "bfloat16")
@@ -44,7 +42,7 @@ ON_HOST = {
 LEAVES = 32
 
 
-def leaf(topology: str, dtype: str, size: int) -> Any:
+def leaf(topology: str, dtype: str, size: int) -> jax.ShapeDtypeStruct:
     """A parameter sharded over all chips of a topology, `size` numbers on each."""
     chips = np.array(tpu_compiler.devices_of(topology))
     sharding = NamedSharding(Mesh(chips, ("chips",)), PartitionSpec("chips"))
@@ -76,10 +74,10 @@ def main() -> None:
     )
     print("| --- | --- | --- | --- | --- | --- |")
     for topology in TOPOLOGIES:
-        params = [leaf(topology, "float32", size)] * LEAVES
+        leaves = [leaf(topology, "float32", size)] * LEAVES
         for name, tx in ON_HOST.items():
-            state = tpu_compiler.state_like(tx, params, host=True)
-            step = tpu_compiler.compile_step(tx, params, state)
+            state = tpu_compiler.state_like(tx, leaves, host=True)
+            step = tpu_compiler.compile_step(tx, leaves, state)
             print(
                 f"| {topology} | {name} | {step.host_arguments / 2**20:.0f} |"
                 f" {step.temporary / 2**20:.0f} | {step.host_moved / 2**20:.0f} |"

@@ -15,22 +15,22 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-# Without these jax would take hold of a TPU where there is one, and the compiler
-# would ask the cloud what machine it is on.
+import jax
+import optax
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+
+# Jax must not take hold of a TPU where there is one, and the compiler not ask the
+# cloud what machine it is on.
+jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
 os.environ.update(
     {
-        "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
         **os.environ,
     }
 )
-
-import jax
-import optax
-from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec
 
 # The memory spaces of a compiled program's layouts.
 SPACES = {0: "device", 1: "vector", 5: "host"}
@@ -52,15 +52,16 @@ class Step(NamedTuple):
     Attributes:
       accessed: bytes accessed by the compiler's own count, which takes a byte
         that is prefetched into vector memory several times over.
-      moved: bytes read from and written to device memory, where a branch is taken
-        in the dearest one.
-      moved_between: the same with the cheapest branch, as between averaged steps.
-      host_moved: bytes read from and written to host memory, in the dearest branch.
-      host_moved_between: the same with the cheapest branch.
+      moved: bytes read from and written to device memory, where there are branches
+        in the most expensive one.
+      moved_between: the same in the cheapest branch, as between averaged steps.
+      host_moved: bytes read from and written to host memory, in the most expensive
+        branch.
+      host_moved_between: the same in the cheapest branch.
       temporary: device memory allocated besides arguments and results.
       host_arguments: of the arguments, those in host memory.
       peak: device memory at its fullest.
-      kernels: fused kernels, the dearest branch's among them.
+      kernels: fused kernels, the most expensive branch's among them.
       collectives: names of the collectives, sorted.
       seconds: time that the compilation took.
     """
@@ -83,7 +84,7 @@ def installed() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
-def devices_of(topology: str) -> list[Any]:
+def devices_of(topology: str) -> list[jax.Device]:
     """The chips of a topology.
 
     Raises:
@@ -92,7 +93,9 @@ def devices_of(topology: str) -> list[Any]:
     return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
 
 
-def state_like(tx: Any, params: Any, host: bool = False) -> Any:
+def state_like(
+    tx: optax.GradientTransformation, params: optax.Params, host: bool = False
+) -> optax.OptState:
     """The state of `tx`, each array of a parameter's shape sharded as the parameter.
 
     Args:
@@ -103,7 +106,7 @@ def state_like(tx: Any, params: Any, host: bool = False) -> Any:
     mesh = jax.tree.leaves(params)[0].sharding.mesh
     kind = "pinned_host" if host else "device"
 
-    def place(x: Any, sharding: Any) -> Any:
+    def place(x: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     return optax.tree_map_params(
@@ -115,7 +118,9 @@ def state_like(tx: Any, params: Any, host: bool = False) -> Any:
     )
 
 
-def compile_step(tx: Any, params: Any, state: Any) -> Step:
+def compile_step(
+    tx: optax.GradientTransformation, params: optax.Params, state: optax.OptState
+) -> Step:
     """Compiles the update and its application, params and state donated.
 
     Args:
@@ -124,13 +129,15 @@ def compile_step(tx: Any, params: Any, state: Any) -> Step:
       state: its state, as `state_like` makes it.
     """
 
-    def step(params: Any, state: Any, grads: Any) -> Any:
+    def step(
+        params: optax.Params, state: optax.OptState, grads: optax.Updates
+    ) -> tuple[optax.Params, optax.OptState]:
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
     start = time.perf_counter()
     lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params)
-    compiled = lowered.compile()
+    compiled: Any = lowered.compile()  # of which the TPU's compiler tells everything
     seconds = time.perf_counter() - start
     text, memory = compiled.as_text(), compiled.memory_analysis()
     moved, between = traffic(text), traffic(text, branch=min)
@@ -182,8 +189,8 @@ def traffic(text: str, branch: Callable[..., Any] = max) -> collections.Counter[
             if operation in _MOVES_NOTHING:
                 continue
             if operation == "conditional":
-                names = re.search(r"branch_computations={(.*?)}", attributes)[1]
-                branches = [count(each) for each in _NAME.findall(names)]
+                names = attributes.partition("branch_computations={")[2]
+                branches = map(count, _NAME.findall(names.partition("}")[0]))
                 moved += branch(branches, key=lambda c: c["device"] + c["host"])
             elif operation in ("while", "call"):
                 raise ValueError(f"cannot count the bytes of a {operation}")
