@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `average_iterates(every=k)` costs on the steps that do not average.
 
-    python benchmarks/average_every.py
+    python -m benchmarks.average_every
 
 One donated SGD step of 33 M float32 parameters, in one leaf and in 16: alone, with
 every iterate averaged, and with every tenth; steps interleaved, medians. "select" is
