@@ -17,7 +17,9 @@ from asgd_optax._running_average import RunningAverage as RunningAverage
 from asgd_optax._running_average import RunningAverageState as RunningAverageState
 from asgd_optax._running_average import running_average as running_average
 from asgd_optax._weightings import exponential_weighting as exponential_weighting
+from asgd_optax._weightings import gamma_of_width as gamma_of_width
 from asgd_optax._weightings import polynomial_weighting as polynomial_weighting
+from asgd_optax._weightings import power_weighting as power_weighting
 from asgd_optax._weightings import uniform_weighting as uniform_weighting
 
 __version__ = "0.1.0"

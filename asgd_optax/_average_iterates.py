@@ -36,6 +36,7 @@ def average_iterates(
     *,
     start: ArrayLike = 0,
     every: ArrayLike = 1,
+    include_start: bool = False,
     accumulator_dtype: DTypeLike | None = None,
     compensated: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -55,12 +56,16 @@ def average_iterates(
 
     Args:
       weighting: the weight w of the n-th averaged iterate; `uniform_weighting` by
-        default. It is called with n of shape (), int32.
+        default. It is called with n of shape (), int32, int64 under x64.
       start: averages iterates after the first `start` updates: a whole number, or
         `inf` for never; may be traced. Updates are those of this state: an average
         that joins a run later counts from there.
       every: averages every so many-th of them: a whole number of at least 1; may be
         traced. The steps between do not touch the average.
+      include_start: whether the parameters after `start` updates, the initial ones
+        where `start` is 0, are the first averaged iterate: n = 1, taken whole
+        whatever w(1) is. From then on the average is held between the iterates that
+        it takes, where otherwise it follows the iterate until the first.
       accumulator_dtype: precision of the average, as for `asgd`.
       compensated: whether to keep the average as a `CompensatedMean`.
 
@@ -101,7 +106,9 @@ def average_iterates(
     def init_fn(params: optax.Params) -> AverageIteratesState:
         _checks.check_params(params)
         average = _averaging.init_mean(params, accumulator_dtype, compensated)
-        step, averaged = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
+        step = jnp.zeros([], jnp.int32)
+        begun = include_start & (split_count(start)[0] == 0)
+        averaged = jnp.asarray(begun, dtype=jnp.int32)
         return AverageIteratesState(step, averaged, average)
 
     def update_fn(
@@ -118,14 +125,17 @@ def average_iterates(
         step = optax.safe_increment(step)
         since = step - split_count(start)[0]
         period = split_count(every)[0]
-        due = (since >= period) & (since % period == 0)
         begun = averaged > 0
-        averaged = jnp.where(due, optax.safe_increment(averaged), averaged)
+        # Taken whole: as if it were followed, but it counts.
+        first = include_start & (since == 0) & ~begun
+        due = (since >= period) & (since % period == 0)
+        averaged = jnp.where(due | first, optax.safe_increment(averaged), averaged)
         updates = _averaging.round_updates(updates)
         iterates = optax.apply_updates(params, updates)
 
         def average() -> Mean:
-            weight = weighting_(jnp.maximum(averaged, 1))
+            n = jnp.maximum(averaged, 1).astype(jnp.result_type(int))
+            weight = weighting_(n)
             weight = jnp.asarray(weight, dtype=jnp.result_type(float))
             # Until the first averaged iterate the average follows the iterate.
             weight = jnp.where(due, weight, jnp.where(begun, 0, 1))
