@@ -143,7 +143,9 @@ def check_update(updates: Any, params: Any, name: str, mean: Any) -> None:
     check_fits("params", params, {"updates": updates, name: mean})
 
 
-def check_fits(name: str, tree: Any, others: Mapping[str, Any]) -> None:
+def check_fits(
+    name: str, tree: Any, others: Mapping[str, Any], *, averaged_only: bool = True
+) -> None:
     """Raises unless `tree` can be averaged and `others` are trees like it.
 
     That is, unless its leaves are floating or complex arrays and those of the others
@@ -153,6 +155,8 @@ def check_fits(name: str, tree: Any, others: Mapping[str, Any]) -> None:
       name: what `tree` is, for a message.
       tree: a pytree.
       others: pytrees by what they are, for a message.
+      averaged_only: whether arrays of other kinds are refused too. Where they are not
+        they must have the same dtype in all trees.
     """
     rows: list[tuple[Any, ...]] = []
     try:
@@ -163,7 +167,7 @@ def check_fits(name: str, tree: Any, others: Mapping[str, Any]) -> None:
         raise ValueError(_misfit(name, tree, others)) from error
     for path, leaf, *rest in rows:
         dtype = _dtype(leaf)
-        if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
+        if dtype is None or (averaged_only and not jnp.issubdtype(dtype, jnp.inexact)):
             raise TypeError(
                 f"{name}{jax.tree_util.keystr(path)} is"
                 f" {type(leaf).__name__ if dtype is None else dtype}: only floating"
@@ -195,10 +199,14 @@ def _check_leaf(
             f"{name}{key(path)} has shape {np.shape(leaf)}, {against}{key(path)}"
             f" {np.shape(param)}"
         )
-    if not jnp.issubdtype(dtype, jnp.inexact) or (
-        jnp.issubdtype(dtype, jnp.complexfloating)
-        != jnp.issubdtype(expected, jnp.complexfloating)
-    ):
+    if not jnp.issubdtype(expected, jnp.inexact):
+        fits = dtype == expected
+    else:
+        fits = jnp.issubdtype(dtype, jnp.inexact) and (
+            jnp.issubdtype(dtype, jnp.complexfloating)
+            == jnp.issubdtype(expected, jnp.complexfloating)
+        )
+    if not fits:
         raise TypeError(
             f"{name}{key(path)} is {dtype}, {against}{key(path)} {expected}"
         )
@@ -242,6 +250,7 @@ def _dtype(leaf: Any) -> Any:
     if not jax.tree_util.all_leaves([leaf]):
         return None
     try:
-        return jnp.result_type(leaf)
+        # That of a key of random numbers is no NumPy dtype.
+        return leaf.dtype if isinstance(leaf, jax.Array) else jnp.result_type(leaf)
     except (TypeError, ValueError):
         return None

@@ -10,7 +10,7 @@ import optax
 from jax.typing import DTypeLike
 
 from asgd_optax import _averaging, _checks, _weightings
-from asgd_optax._averaging import Mean
+from asgd_optax._averaging import CompensatedMean, Mean
 
 
 class RunningAverageState(NamedTuple):
@@ -18,7 +18,9 @@ class RunningAverageState(NamedTuple):
 
     Attributes:
       step: number of trees averaged. Shape (), int32; stays at 2**31 - 1.
-      average: as `AverageIteratesState.average`.
+      average: as `AverageIteratesState.average`. Leaves that are not floating or
+        complex are those of the latest tree; in the residual of a `CompensatedMean`
+        they are `None`.
     """
 
     step: jax.Array
@@ -41,8 +43,14 @@ def running_average(
 ) -> RunningAverage:
     """The average that `average_iterates` keeps, of any pytree: statistics, metrics.
 
+    Leaves that are not floating or complex (counters, integers, booleans, random keys)
+    are not averaged: they are those of the latest tree. So a whole `nnx.state(model)`,
+    or all variables of a Linen module, can be given as it is. A metric that is counted
+    in integers has to be made a float to be averaged.
+
     Args:
-      weighting: the weight of the n-th tree; `uniform_weighting` by default.
+      weighting: the weight of the n-th tree; `uniform_weighting` by default. It is
+        called with n of shape (), int32, int64 under x64.
       accumulator_dtype: precision of the average, as for `asgd`.
       compensated: whether to keep the average as a `CompensatedMean`.
 
@@ -54,8 +62,8 @@ def running_average(
       state's own buffers, as `averaged_params`'s.
 
     Raises:
-      TypeError: a weighting that is no function; a leaf that is not floating or
-        complex.
+      TypeError: a weighting that is no function; a leaf that is no array or number;
+        from `update`, one that is not averaged and changes its dtype.
       ValueError: an `accumulator_dtype` that is not floating; from `update`, a tree
         whose structure or shapes are not the state's.
 
@@ -73,24 +81,61 @@ def running_average(
     _checks.check_accumulator_dtype(accumulator_dtype)
 
     def init(tree: Any) -> RunningAverageState:
-        _checks.check_params(tree, name="tree")
-        average = _averaging.init_mean(tree, accumulator_dtype, compensated)
-        return RunningAverageState(jnp.zeros([], jnp.int32), average)
+        _checks.check_fits("tree", tree, {}, averaged_only=False)
+        mean = _averaging.init_mean(_averaged(tree), accumulator_dtype, compensated)
+        return RunningAverageState(jnp.zeros([], jnp.int32), _filled(mean, tree))
 
     def update(state: RunningAverageState, tree: Any) -> RunningAverageState:
         _checks.check_state(state, RunningAverageState)
-        _checks.check_params(tree, name="tree")
-        mean = _averaging.mean_value(state.average)
-        _checks.check_fits("state.average", mean, {"tree": tree})
+        kept = _averaging.mean_value(state.average)
+        _checks.check_fits("tree", tree, {}, averaged_only=False)
+        _checks.check_fits("state.average", kept, {"tree": tree}, averaged_only=False)
         step = optax.safe_increment(jnp.asarray(state.step))
-        weight = jnp.asarray(weighting_(step), dtype=jnp.result_type(float))
-        tree = jax.tree.map(jnp.asarray, tree)
-        return RunningAverageState(
-            step, _averaging.update_mean(state.average, tree, weight)
-        )
+        n = step.astype(jnp.result_type(int))
+        weight = jnp.asarray(weighting_(n), dtype=jnp.result_type(float))
+        new = jax.tree.map(jnp.asarray, _averaged(tree))
+        mean: Mean = _averaged(state.average)
+        if isinstance(state.average, CompensatedMean):
+            mean = CompensatedMean(*map(_averaged, state.average))
+        mean = _averaging.update_mean(mean, new, weight)
+        return RunningAverageState(step, _filled(mean, tree))
 
     def value(state: RunningAverageState) -> Any:
         _checks.check_state(state, RunningAverageState)
         return _averaging.mean_value(state.average)
 
     return RunningAverage(init, update, value)
+
+
+def _is_averaged(leaf: Any) -> bool:
+    dtype = leaf.dtype if isinstance(leaf, jax.Array) else jnp.result_type(leaf)
+    return jnp.issubdtype(dtype, jnp.inexact)
+
+
+def _averaged(tree: Any) -> list[Any]:
+    """The leaves that are averaged."""
+    return [leaf for leaf in jax.tree.leaves(tree) if _is_averaged(leaf)]
+
+
+def _filled(mean: Mean, tree: Any) -> Mean:
+    """A mean of averaged leaves as a tree, or two, with the other leaves of `tree`."""
+    leaves, treedef = jax.tree.flatten(tree)
+
+    def fill(averaged: list[jax.Array], other: Callable[[Any], Any]) -> Any:
+        rest = iter(averaged)
+        return jax.tree.unflatten(
+            treedef, [next(rest) if _is_averaged(x) else other(x) for x in leaves]
+        )
+
+    if isinstance(mean, CompensatedMean):
+        return CompensatedMean(
+            fill(mean.value, _copied), fill(mean.residual, lambda _: None)
+        )
+    return fill(mean, _copied)
+
+
+def _copied(leaf: Any) -> jax.Array:
+    """A real copy, not weakly typed, so that state and tree can be donated together."""
+    if isinstance(leaf, jax.Array):
+        return jnp.copy(leaf)
+    return jnp.array(leaf, dtype=jnp.result_type(leaf))

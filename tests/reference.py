@@ -87,6 +87,23 @@ def weighting_shares(weighting, parameter, count):
     return [parameter ** (count - k) for k in n]
 
 
+def average_shares(weight, step, start=0, every=1, include_start=False):
+    """What each of p(0), …, p(step) counts in the average after `step` updates."""
+    shares, n = np.zeros(step + 1), 0
+    for t in range(step + 1):
+        since = t - start
+        if include_start and since == 0:
+            n, w = 1, 1.0
+        elif since >= every and since % every == 0:
+            n += 1
+            w = weight(n)
+        else:  # followed until the first averaged iterate, held from then on
+            w = 0.0 if n else 1.0
+        shares *= 1 - w
+        shares[t] += w
+    return shares
+
+
 def random_scaling(iterates):
     """The mean of the iterates, and the diagonal of V_n as its definition has it."""
     n = len(iterates)

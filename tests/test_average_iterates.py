@@ -16,7 +16,9 @@ from asgd_optax import (
     averaged_params,
     exponential_weighting,
     polynomial_weighting,
+    power_weighting,
     running_average,
+    uniform_weighting,
 )
 from tests import reference
 from tests.support import (
@@ -320,6 +322,83 @@ def test_the_counter_saturates():
     np.testing.assert_allclose(state.average, 1 + moved, rtol=EPS)
 
 
+def warm(n):
+    return (1 + n) / (10 + n)
+
+
+# A weighting, and the weight of the n-th iterate as its formula has it.
+FORMULAS = {
+    "uniform": (uniform_weighting(), lambda n: 1 / n),
+    "power 0": (power_weighting(0), lambda n: 1 / n),
+    "power 6.94": (power_weighting(6.94), lambda n: 1 - (1 - 1 / n) ** 7.94),
+    "plain EMA": (exponential_weighting(0.9, debias=False), lambda n: 1 - 0.9),
+    "warm EMA": (
+        exponential_weighting(0.4, warmup=warm),
+        lambda n: max(1 - 0.4, 1 - warm(n)),
+    ),
+    "one's own": (lambda n: 2 / (3 + n), lambda n: 2 / (3 + n)),
+}
+
+
+@pytest.mark.parametrize("include_start", [False, True])
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("start", [0, 1, 5])
+@pytest.mark.parametrize("name", FORMULAS)
+def test_shares_of_the_iterates(name, start, every, include_start):
+    """Exact in float64: from an n that is int64, so that 1 / n is no float32."""
+    weighting, formula = FORMULAS[name]
+    tx = average_iterates(
+        weighting, start=start, every=every, include_start=include_start
+    )
+
+    def body(carry, updates):
+        return train_step(tx, *carry, updates), carry[1].averaged
+
+    with enable_x64(True):
+        params = jnp.ones(3)
+        carry = (params, tx.init(params))
+        (_, state), counts = jax.jit(lambda: jax.lax.scan(body, carry, STEPS))()
+        path = np.concatenate([np.ones((1, 3)), ITERATES])
+        shares = reference.average_shares(
+            formula, len(STEPS), start, every, include_start
+        )
+        np.testing.assert_allclose(state.average, shares @ path, rtol=0, atol=2e-15)
+        assert shares.sum() == pytest.approx(1, abs=1e-14)
+    expected = [max(0, n - start) // every for n in range(len(STEPS))]
+    if include_start:
+        expected = [c + (n >= start) for n, c in enumerate(expected)]
+    assert counts.tolist() == expected
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_traced_start_is_included(every):
+    @jax.jit
+    def run(start):
+        tx = average_iterates(start=start, every=every, include_start=True)
+        state = tx.init(jnp.float32(0))
+        counts = [state.averaged]
+        for n in range(4):
+            _, state = tx.update(jnp.float32(1), state, jnp.float32(n))
+            counts.append(state.averaged)
+        return counts, state.average
+
+    for start in (0, 1, 3):
+        counts, average = run(start)
+        taken = [start, *range(start + every, 5, every)]
+        assert [int(c) for c in counts] == [
+            sum(t <= n for t in taken) for n in range(5)
+        ]
+        np.testing.assert_allclose(average, np.mean(taken), rtol=1e-6)
+
+
+def test_before_an_included_start_the_average_follows():
+    tx, params = average_iterates(start=3, include_start=True), jnp.float32(0)
+    state = tx.init(params)
+    for _ in range(3):
+        params, state = train_step(tx, params, state, jnp.float32(1))
+        assert float(state.average) == float(params)
+
+
 @pytest.mark.parametrize("every", EVERIES)
 @pytest.mark.parametrize("start", STARTS)
 def test_averaged_counts_the_iterates_in_the_average(start, every):
@@ -416,8 +495,6 @@ def test_a_bad_argument(make, error, message):
 def test_params_that_cannot_be_averaged(leaf):
     with pytest.raises(TypeError, match=r"^params\['b'\]\[0\] is"):
         average_iterates().init({"w": jnp.ones(2), "b": [leaf]})
-    with pytest.raises(TypeError, match=r"^tree\['b'\]\[0\] is"):
-        running_average().init({"w": jnp.ones(2), "b": [leaf]})
 
 
 def test_missing_params():

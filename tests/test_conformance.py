@@ -392,11 +392,15 @@ def test_trees_without_numbers(row, params):
 @each_row
 @pytest.mark.parametrize("params", [1.5, np.float32(1.5), np.ones(3)])
 def test_params_that_are_no_jax_arrays(row, params):
-    tx, state = row.make(), None
-    state = tx.init(params)
-    updates, state = tx.update(0.5 * params, state, params)
-    p = optax.apply_updates(params, updates)
-    chex.assert_trees_all_close(averaged_params(state), p, rtol=1e-7)
+    tx = row.make()
+
+    def average(params):
+        updates, state = tx.update(0.5 * params, tx.init(params), params)
+        return averaged_params(state), optax.apply_updates(params, updates)
+
+    chex.assert_trees_all_close(
+        average(params), average(jnp.asarray(params)), rtol=1e-7
+    )
 
 
 @each_row

@@ -73,3 +73,84 @@ def test_running_average_of_a_tree_that_does_not_fit(tree, error, message):
     mean = running_average()
     with pytest.raises(error, match=message):
         mean.update(mean.init({"a": np.ones(2)}), tree)
+
+
+@pytest.mark.parametrize("compensated", [False, True])
+def test_leaves_that_are_no_floats_are_the_latest(compensated):
+    def tree(n):
+        return {
+            "w": jnp.full(2, float(n), jnp.bfloat16),
+            "count": jnp.int32(n),
+            "key": jax.random.key(n),
+            "flag": n > 1,
+            "python": n,
+            "none": None,
+        }
+
+    mean = running_average(compensated=compensated)
+    state = mean.init(tree(7))
+    chex.assert_trees_all_equal(mean.value(state)["count"], 7)
+    update = jax.jit(mean.update)
+    for n in (1, 2, 6):
+        old, state = state, update(state, tree(n))
+        chex.assert_trees_all_equal_shapes_and_dtypes(old.step, state.step)
+    value = mean.value(state)
+    np.testing.assert_array_equal(value["w"], np.full(2, 3, np.float32))
+    assert int(value["count"]) == int(value["python"]) == 6
+    assert bool(value["flag"])
+    assert value["none"] is None
+    assert (
+        jax.random.key_data(value["key"]) == jax.random.key_data(tree(6)["key"])
+    ).all()
+    if compensated:
+        residual = dict(state.average.residual)
+        assert residual.pop("w").shape == (2,)
+        assert set(residual.values()) == {None}
+
+
+def test_a_tree_and_its_state_can_be_donated_together():
+    mean = running_average()
+    tree = {"w": jnp.ones(2), "n": jnp.arange(3)}
+    state = mean.init(tree)
+    jax.tree.map(lambda x: x.delete(), tree)
+    np.testing.assert_array_equal(mean.value(state)["n"], np.arange(3))
+
+
+@pytest.mark.parametrize(
+    ("new", "error", "message"),
+    [
+        (jnp.float32(1), TypeError, r"^tree\['n'\] is float32, state.*\['n'\] int32"),
+        (jnp.int8(1), TypeError, r"^tree\['n'\] is int8, state.*\['n'\] int32"),
+        (jnp.ones(2, int), ValueError, r"^tree\['n'\] has shape \(2,\)"),
+        ("text", TypeError, r"^tree\['n'\] is str"),
+    ],
+)
+def test_a_leaf_that_changes_its_kind(new, error, message):
+    mean = running_average()
+    state = mean.init({"n": jnp.int32(0), "w": jnp.ones(2)})
+    with pytest.raises(error, match=message):
+        mean.update(state, {"n": new, "w": jnp.ones(2)})
+
+
+@pytest.mark.flax
+def test_a_whole_nnx_state():
+    from flax import nnx
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(2, 3, rngs=rngs)
+            self.norm = nnx.BatchNorm(3, rngs=rngs)
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+        def __call__(self, x):
+            return self.dropout(self.norm(self.linear(x)))
+
+    model, mean = Net(nnx.Rngs(0)), running_average()
+    graph, first = nnx.split(model)
+    state = mean.init(first)
+    for n in range(4):
+        model(jnp.full((5, 2), float(n)))
+        state = mean.update(state, nnx.state(model))
+    averaged = nnx.merge(graph, mean.value(state))
+    assert int(averaged.dropout.rngs.count[...]) == 4
+    assert averaged(jnp.ones((5, 2))).shape == (5, 3)

@@ -12,6 +12,7 @@ from asgd_optax import (
     exponential_weighting,
     nt_asgd,
     polynomial_weighting,
+    power_weighting,
     track_random_scaling,
     uniform_weighting,
 )
@@ -73,6 +74,19 @@ def _exponential(learning_rate, decay, start=1):
     )
 
 
+def _power(learning_rate, gamma, start=1):
+    return optax.chain(
+        optax.sgd(learning_rate), average_iterates(power_weighting(gamma), start=start)
+    )
+
+
+def _plain_ema(learning_rate, decay, start=0):
+    """As many keep by hand: from the parameters, every second step."""
+    weighting = exponential_weighting(decay, debias=False)
+    average = average_iterates(weighting, start=start, every=2, include_start=True)
+    return optax.chain(optax.sgd(learning_rate), average)
+
+
 def _nt_asgd(learning_rate, lambd, alpha, weight_decay, compensated=False):
     """Given losses that rise from the first on, it triggers at the third update."""
     tx = nt_asgd(
@@ -111,6 +125,8 @@ ROWS = [
     ),
     Row("polynomial", _polynomial, {"learning_rate": 0.3, "gamma": 1.5}, {}),
     Row("exponential", _exponential, {"learning_rate": 0.3, "decay": 0.4}, {}),
+    Row("power", _power, {"learning_rate": 0.3, "gamma": 1.5}, {}),
+    Row("plain-ema", _plain_ema, {"learning_rate": 0.3, "decay": 0.4}, {}),
     Row(
         "random-scaling",
         _random_scaling,
