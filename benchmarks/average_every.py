@@ -53,7 +53,8 @@ def main() -> None:
 
 def measure(title: str, params: Any, transformations: dict[str, Any]) -> None:
     """Prints the median time of a step between, and of one that averages."""
-    steps, states, times = {}, {}, {name: [] for name in transformations}
+    steps, states = {}, {}
+    times: dict[str, list[tuple[int, float]]] = {name: [] for name in transformations}
     for name, tx in transformations.items():
 
         def step(params: Any, state: Any, grads: Any, tx: Any = tx) -> Any:

@@ -100,7 +100,9 @@ def measure(contestants: Mapping[str, Contestant], repetitions: int) -> dict[str
     return {name: _quartiles(seconds) for name, seconds in times.items()}
 
 
-def _timed(setup: Callable[[], Callable[[], Any]], bar: Any, errors: list) -> Any:
+def _timed(
+    setup: Callable[[], Callable[[], Any]], bar: Any, errors: list[Exception]
+) -> Any:
     """The function of google-benchmark's that times what `setup` makes."""
 
     def run(state: google_benchmark.State) -> None:
@@ -152,7 +154,7 @@ def choose_torch_threads(trial: Callable[[], Any]) -> dict[int, float]:
         trial()
         # The mean, not the least: threads that wait for each other cost now and then.
         seconds[threads] = timeit.timeit(trial, number=5) / 5
-    torch.set_num_threads(min(seconds, key=seconds.get))
+    torch.set_num_threads(min(seconds, key=lambda threads: seconds[threads]))
     return seconds
 
 

@@ -128,6 +128,9 @@ def _scaled(
     )
 
 
+Solutions = dict[str, list[np.ndarray]]  # by name, one a checkpoint
+
+
 class Method(NamedTuple):
     """A way to descend with optax.
 
@@ -190,7 +193,7 @@ METHODS = (
         averaged_adam, (("Adam + `average_iterates`, batch 32", averaged_params),), 32
     ),
 )
-CLASSIFIERS = {
+CLASSIFIERS: dict[str, dict[str, Any]] = {
     "`SGDClassifier`": {},
     "`SGDClassifier`, average": {"average": True},
     # Scikit-learn's guide: with averaging the rate "can be larger and even constant".
@@ -224,10 +227,10 @@ def advance(optimizer: Any, data: Data, rate: Any, carry: Any, batches: Any) -> 
     return jax.lax.scan(step, carry, batches)[0]
 
 
-def run(method: Method, data: Data, rate: float, order: np.ndarray) -> dict:
+def run(method: Method, data: Data, rate: float, order: np.ndarray) -> Solutions:
     """The solutions at the checkpoints, by name; a row of `order` is a tenth."""
     carry = begin(method.optimizer, data, rate, method.batch)
-    solutions: dict[str, list] = {name: [] for name, _ in method.reads}
+    solutions: Solutions = {name: [] for name, _ in method.reads}
     for tenth, rows in enumerate(order[: 10 * method.passes], 1):
         batches = rows.reshape(-1, method.batch)
         carry = advance(method.optimizer, data, rate, carry, batches)
@@ -251,7 +254,7 @@ def classifier(name: str, rate: float | None, shuffle: bool) -> SGDClassifier:
 
 def run_classifier(
     name: str, data: Data, rate: float | None, order: np.ndarray
-) -> dict:
+) -> Solutions:
     """As `run`, by scikit-learn."""
     x, y = map(np.asarray, data)
     fit = classifier(name, rate, shuffle=False)
@@ -312,10 +315,10 @@ def choose_rates(data: Data) -> dict[str, float | None]:
         rates |= dict.fromkeys([name for name, _ in method.reads], best(solutions))
     rates |= dict.fromkeys(CLASSIFIERS)
     name = "`SGDClassifier`, average, constant rate"
-    solutions = [
+    constant = [
         run_classifier(name, subset, rate, order[None])[name][-1] for rate in RATES
     ]
-    return rates | {name: best(solutions)}
+    return rates | {name: best(constant)}
 
 
 class Row(NamedTuple):
@@ -370,10 +373,10 @@ def run_all(
     runs |= {name: partial(run_classifier, name, data) for name in CLASSIFIERS}
     jobs = [(f, rates[name], order) for name, f in runs.items() for order in passes]
     jobs += [
-        (f, rates[name] * factor, passes[0][:10])
+        (f, rate * factor, passes[0][:10])
         for name, f in runs.items()
+        if (rate := rates[name]) is not None
         for factor in FACTORS
-        if rates[name] is not None
     ]
     found: dict[str, list[np.ndarray]] = {name: [] for name in rates}
     # A run keeps one core busy.
@@ -438,7 +441,8 @@ def verdict(result: Study) -> str:
 
     def lower(what: str, costs: Mapping[str, float]) -> str:
         names = [name for name in costs if costs[name] < costs["`asgd`"]]
-        return f"- {what}: {'; '.join(sorted(names, key=costs.get)) or 'none'}."
+        names.sort(key=lambda name: costs[name])
+        return f"- {what}: {'; '.join(names) or 'none'}."
 
     last = {
         n: row.costs[-1] for n, row in rows.items() if len(row.costs) > ONE_PASS + 1
@@ -543,7 +547,7 @@ def draw(results: Sequence[Study], output: Path) -> None:
             xscale="log",
             yscale="log",
         )
-        axes.xaxis.set_major_locator(FixedLocator(passes))
+        axes.xaxis.set_major_locator(FixedLocator(passes.tolist()))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter("{x:g}")
     handles, labels = panels[0].get_legend_handles_labels()

@@ -43,8 +43,10 @@ NEAR = 0.01  # of the best accuracy
 FAILED = 0.5  # accuracy; chance is 0.1
 SWEEP = "JAX, one call"
 
-# The state of `optimizer` where `t0` is batched: what has an axis for it.
-BATCHED_BY_T0 = (None, ASGDState(step=None, eta=None, mu=0, ax=0))
+# The state of `optimizer` where `t0` is batched: what has an axis for it. A dict, since
+# axes are not the arrays that the fields' types ask for.
+AXES: dict[str, Any] = {"step": None, "eta": None, "mu": 0, "ax": 0}
+BATCHED_BY_T0 = (None, ASGDState(**AXES))
 
 
 class Sizes(NamedTuple):

@@ -47,6 +47,7 @@ SAME_DEVICE = torch.cuda.is_available() or not ON_GPU
 DEVICE = "cuda" if ON_GPU and SAME_DEVICE else "cpu"  # torch's
 
 Call = Callable[[], Any]
+Shape = tuple[int, ...]
 
 
 class Tree(NamedTuple):
@@ -60,7 +61,7 @@ class Tree(NamedTuple):
     """
 
     title: str
-    shapes: Sequence[tuple[int, ...]]
+    shapes: Sequence[Shape]
     calls: int
     torch_compiles: bool = True
 
@@ -147,7 +148,7 @@ IN_JAX = {
     "asgd, compensated": of_optax(asgd(RATE, t0=0, compensated=True)),
     "optax.adam": of_optax(optax.adam(RATE)),
 }
-IN_TORCH = {
+IN_TORCH: dict[str, Callable[[Tree], Call]] = {
     "torch SGD": torch_sgd,
     "torch SGD, AveragedModel": torch_averaged,
     "torch SGD, AveragedModel (EMA)": partial(
@@ -161,12 +162,17 @@ IN_TORCH = {
 LEAST = {BASE: 12, "torch SGD": 12, "asgd, compensated": 28, "optax.adam": 28}
 
 
-def gpt2(width: int, layers: int, vocabulary: int, positions: int) -> list[tuple]:
+def gpt2(width: int, layers: int, vocabulary: int, positions: int) -> list[Shape]:
     """The shapes of a GPT-2's parameters."""
-    norm = [(width,), (width,)]
-    attention = [(width, 3 * width), (3 * width,), (width, width), (width,)]
-    mlp = [(width, 4 * width), (4 * width,), (4 * width, width), (width,)]
-    embeddings = [(vocabulary, width), (positions, width)]
+    norm: list[Shape] = [(width,), (width,)]
+    attention: list[Shape] = [
+        (width, 3 * width),
+        (3 * width,),
+        (width, width),
+        (width,),
+    ]
+    mlp: list[Shape] = [(width, 4 * width), (4 * width,), (4 * width, width), (width,)]
+    embeddings: list[Shape] = [(vocabulary, width), (positions, width)]
     return embeddings + layers * (norm + attention + norm + mlp) + norm
 
 
@@ -211,7 +217,9 @@ def compile_jax(
         name: Compiled(
             step,
             [statistics.median(column) for column in zip(*seconds[name], strict=True)],
-            step.cost_analysis()["bytes accessed"] / tree.size,
+            cost["bytes accessed"] / tree.size
+            if (cost := step.cost_analysis())
+            else None,
         )
         for name, step in steps.items()
     }
@@ -277,7 +285,9 @@ def contestants(
     def torch_copy() -> Call:
         return waiting(torch.ones(3 * tree.size, device=DEVICE).neg_)
 
-    setups = {name: partial(jax_step, name) for name in IN_JAX}
+    setups: dict[str, Callable[[], Call]] = {
+        name: partial(jax_step, name) for name in IN_JAX
+    }
     setups[COPIES[0]] = jax_copy
     if SAME_DEVICE:
         setups |= {name: partial(torch_step, name) for name in IN_TORCH}
@@ -385,7 +395,9 @@ def draw(times: Mapping[str, Mapping[str, harness.Time]], output: Path) -> None:
     plt.close(figure)
 
 
-def left_out(tried: Sequence[Tree], compiled: Mapping[str, Mapping]) -> str:
+def left_out(
+    tried: Sequence[Tree], compiled: Mapping[str, Mapping[str, Compiled]]
+) -> str:
     """What torch.compile would take where it was not run, going by where it was."""
     done = [tree for tree in tried if COMPILED in compiled[tree.title]]
     if not done:

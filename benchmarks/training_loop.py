@@ -50,6 +50,7 @@ torch_asgd = partial(torch.optim.ASGD, lr=RATE, lambd=0.0, t0=0)
 
 Batches = Sequence[digits.Data]
 Params = dict[str, np.ndarray]
+OptimizerOf = Callable[[Any], torch.optim.Optimizer]  # of the parameters
 
 
 class Sizes(NamedTuple):
@@ -215,7 +216,7 @@ def jax_contestant(
 
 def torch_training(
     counterpart: str,
-    optimizer_of: Callable[[Any], torch.optim.Optimizer],
+    optimizer_of: OptimizerOf,
     params: Params,
     batches: Batches,
     *,
@@ -267,11 +268,18 @@ def as_params(tensors: dict[str, torch.Tensor]) -> Params:
     return {name: tensor.detach().numpy().T for name, tensor in tensors.items()}
 
 
+def torch_contestant(training: TorchTraining, calls: int) -> harness.Contestant:
+    """Goes on training: torch.compile would compile anew for new weights."""
+    return harness.Contestant(lambda: training.run, calls)
+
+
 def torch_trainings(
     params: Params, batches: Batches, *, compiled: bool
 ) -> dict[str, TorchTraining]:
-    def make(*what: Any, **options: bool) -> TorchTraining:
-        return torch_training(*what, params, batches, **options)
+    def make(
+        counterpart: str, optimizer_of: OptimizerOf, **options: bool
+    ) -> TorchTraining:
+        return torch_training(counterpart, optimizer_of, params, batches, **options)
 
     averaged = "sgd + average_iterates"
     trainings = {
@@ -338,10 +346,7 @@ def measure(
         contestants[f"scan {name}"] = jax_contestant(init, scan, sizes.scan_calls)
         contestants[f"loop {name}"] = jax_contestant(init, loop, sizes.loop_calls)
     for name, training in trainings.items():
-        # Goes on training: torch.compile would compile anew for new weights.
-        contestants[f"loop {name}"] = harness.Contestant(
-            lambda run=training.run: run, sizes.torch_calls
-        )
+        contestants[f"loop {name}"] = torch_contestant(training, sizes.torch_calls)
     largest = check_same_work(trainings, carries)
     times = {
         name: harness.Time(*(1e6 * seconds / sizes.steps for seconds in time))
@@ -399,7 +404,7 @@ def format_page(
 ) -> str:
     peers = {n: row.loop for n, row in rows.items() if n.startswith(TORCH_ASGD)}
     fastest = min(peers, key=lambda name: peers[name].median)
-    scan, loop = (peers[fastest].median / time.median for time in rows["asgd"])
+    scan, loop = (peers[fastest].median / time.median for time in rows["asgd"] if time)
     return f"""\
 # What a training step costs
 
@@ -464,8 +469,8 @@ def draw(rows: dict[str, Row], output: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = harness.parser("What a training step costs, in JAX and in torch.")
-    options = options.parse_args(argv)
+    parser = harness.parser("What a training step costs, in JAX and in torch.")
+    options = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")  # where torch's tensors are
     sizes = QUICK if options.quick else FULL
     params, batches = draw_params(), draw_batches(sizes.steps)
