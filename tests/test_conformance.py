@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One battery over every transformation: what a citizen of JAX and optax owes."""
+"""One battery over every transformation: what JAX and optax expect of one."""
 
 import functools
 
