@@ -2,409 +2,149 @@
 """A training begun in PyTorch, taken over here: the same curve, and the same weights.
 
     pip install '.[examples,torch]'
-    python examples/from_pytorch.py
+    python -m examples.from_pytorch
 
-A convolution, a normalisation and a linear layer learn scikit-learn's digits with
-`torch.optim.ASGD`. At `--switch` the run is saved, as a checkpoint would be; torch
-trains on, and so does the same network in Flax, from the checkpoint and on the same
-minibatches. One function converts weights and averages, and its inverse what comes
-out. The figure lays the two curves on each other and shows how far apart they are.
+`torch.optim.ASGD` learns scikit-learn's digits. From a checkpoint of halfway the same
+network in Flax trains on: one function converts the weights, and the averages too.
 """
 
 import argparse
-import contextlib
-import math
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import copy
+from collections import OrderedDict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from flax import nnx
-from matplotlib.ticker import LogLocator
+from flax import linen as nn
+from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 from asgd_optax import asgd, averaged_params
-from asgd_optax.interop import (
-    hyperparams_from_torch,
-    state_from_torch,
-    state_to_torch,
-)
+from asgd_optax.interop import hyperparams_from_torch, state_from_torch
 
 try:
     import torch
-except ModuleNotFoundError:  # said when the program is run
-    torch = None
+except ModuleNotFoundError:
+    raise SystemExit("this needs PyTorch: pip install '.[examples,torch]'") from None
 
-try:
-    from examples import command_line, digits
-except ModuleNotFoundError:  # run as a script, with this folder on the path
-    import command_line
-    import digits
-
-CHANNELS, GROUPS, SIDE, CLASSES = 8, 4, 8, 10
-EPSILON = 1e-5  # of the normalisation: torch's default, Flax has another
-RATE, LAMBD, BATCH_SIZE, NOISE = 0.2, 1e-3, 16, 0.2
-EVALUATIONS = 80  # along the curves
-
-# Orange and blue of Okabe & Ito, which every kind of colour vision tells apart; pale
-# for torch alone. In the order in which they are drawn.
-COLORS = {"average": ("#A6CFE8", "#0072B2"), "iterate": ("#F8DFA6", "#B87700")}
-
-
-class Losses(NamedTuple):
-    """Cross-entropies on the validation set, of shape (evaluations,)."""
-
-    iterate: np.ndarray
-    average: np.ndarray
-
-
-class Results(NamedTuple):
-    """What a run measured.
-
-    Attributes:
-      steps: the steps after which torch was measured. Shape (evaluations,).
-      in_torch: the losses there, torch alone.
-      moved: the losses at those of `steps` that come after the switch, in JAX.
-      weights_difference: the largest, absolute, of the two runs' last weights.
-      averages_difference: the same of their averages.
-    """
-
-    steps: np.ndarray
-    in_torch: Losses
-    moved: Losses
-    weights_difference: float
-    averages_difference: float
-
-
-class Network(nnx.Module):
-    """The network of `torch_network`, on images whose last axis is the channel."""
-
-    def __init__(self, rngs: nnx.Rngs) -> None:
-        self.conv = nnx.Conv(1, CHANNELS, kernel_size=(3, 3), rngs=rngs)
-        self.norm = nnx.GroupNorm(
-            CHANNELS, num_groups=GROUPS, epsilon=EPSILON, rngs=rngs
-        )
-        self.linear = nnx.Linear(CHANNELS * SIDE**2, CLASSES, rngs=rngs)
-
-    def __call__(self, images: jax.Array) -> jax.Array:
-        images = images.reshape(-1, SIDE, SIDE, 1)
-        # Not a ReLU: at its kink the roundings of two programs part for good.
-        hidden = nnx.silu(self.norm(self.conv(images)))
-        return self.linear(hidden.reshape(len(hidden), -1))
+STEPS, EVERY, BATCH_SIZE, RATE, LAMBD, CHANNELS = 2000, 25, 16, 0.2, 1e-3, 8
+OUTPUT = Path("out/from_pytorch.png")
 
 
 def torch_network() -> Any:
-    """A freshly initialised network of torch, the same every time."""
+    torch.manual_seed(0)
     layers = {
-        "unflatten": torch.nn.Unflatten(1, (1, SIDE, SIDE)),
-        "conv": torch.nn.Conv2d(1, CHANNELS, kernel_size=3, padding=1),
-        "norm": torch.nn.GroupNorm(GROUPS, CHANNELS, eps=EPSILON),
-        "silu": torch.nn.SiLU(),
+        "unflatten": torch.nn.Unflatten(1, (1, 8, 8)),
+        "conv": torch.nn.Conv2d(1, CHANNELS, 3, padding=1),
+        "silu": torch.nn.SiLU(),  # at a ReLU's kink the roundings part for good
         "flatten": torch.nn.Flatten(),
-        "linear": torch.nn.Linear(CHANNELS * SIDE**2, CLASSES),
+        "linear": torch.nn.Linear(CHANNELS * 64, 10),
     }
-    network = torch.nn.Sequential()
-    for name, layer in layers.items():
-        network.add_module(name, layer)
-    # Drawn by NumPy, so that torch's own generator is left alone.
-    rng = np.random.default_rng(0)
-    with torch.no_grad():
-        for layer in (network.conv, network.linear):
-            bound = layer.weight[0].numel() ** -0.5
-            for parameter in layer.parameters():
-                drawn = rng.uniform(-bound, bound, tuple(parameter.shape))
-                parameter.copy_(torch.from_numpy(drawn))
-    return network
+    return torch.nn.Sequential(OrderedDict(layers))
 
 
-def to_params(weights: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
-    """Torch's weights as the parameters of `Network`; its averages, too.
+class Network(nn.Module):  # the same in Flax
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        hidden = nn.Conv(CHANNELS, (3, 3), name="conv")(images.reshape(-1, 8, 8, 1))
+        return nn.Dense(10, name="linear")(nn.silu(hidden).reshape(len(images), -1))
 
-    Torch has the channels before the pixels, in a kernel and in what it flattens.
-    """
-    linear = weights["linear.weight"].reshape(CLASSES, CHANNELS, SIDE, SIDE)
+
+def to_params(weights: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Torch's weights or averages as Flax's params: channels come after the pixels."""
+    conv = weights["conv.weight"].transpose(2, 3, 1, 0)
+    linear = weights["linear.weight"].reshape(10, CHANNELS, 8, 8).transpose(2, 3, 1, 0)
     return {
-        "conv": {
-            "kernel": weights["conv.weight"].transpose(2, 3, 1, 0),
-            "bias": weights["conv.bias"],
-        },
-        "norm": {"scale": weights["norm.weight"], "bias": weights["norm.bias"]},
-        "linear": {
-            "kernel": linear.transpose(2, 3, 1, 0).reshape(-1, CLASSES),
-            "bias": weights["linear.bias"],
-        },
+        "conv": {"kernel": conv, "bias": weights["conv.bias"]},
+        "linear": {"kernel": linear.reshape(-1, 10), "bias": weights["linear.bias"]},
     }
 
 
-def from_params(params: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The inverse of `to_params`."""
-    conv, norm, linear = params["conv"], params["norm"], params["linear"]
-    kernel = linear["kernel"].reshape(SIDE, SIDE, CHANNELS, CLASSES)
-    return {
-        "conv.weight": conv["kernel"].transpose(3, 2, 0, 1),
-        "conv.bias": conv["bias"],
-        "norm.weight": norm["scale"],
-        "norm.bias": norm["bias"],
-        "linear.weight": kernel.transpose(3, 2, 0, 1).reshape(CLASSES, -1),
-        "linear.bias": linear["bias"],
-    }
+def train_in_torch(batches: Any) -> list[Any]:
+    """A checkpoint of network and optimizer every so many steps."""
+    network, checkpoints, t0 = torch_network(), [], len(batches) // 4
+    asgd = torch.optim.ASGD(network.parameters(), lr=RATE, lambd=LAMBD, t0=t0)
+    for step, batch in enumerate(tqdm(batches, desc="torch", unit="step"), 1):
+        images, labels = map(torch.from_numpy, batch)
+        asgd.zero_grad()
+        torch.nn.functional.cross_entropy(network(images), labels).backward()
+        asgd.step()
+        if step % EVERY == 0:
+            checkpoints.append(copy.deepcopy((network.state_dict(), asgd.state_dict())))
+    return checkpoints
 
 
-def train_in_torch(
-    batches: Iterator[digits.Data],
-    validation: digits.Data,
-    steps: int,
-    switch: int,
-    checkpoint: Path,
-    measured: Callable[[int], bool],
-    bar: tqdm,
-) -> tuple[list[Losses], Any, Any]:
-    """Trains in torch alone; leaves a checkpoint of step `switch` behind."""
-    network = torch_network()
-    optimizer = torch.optim.ASGD(
-        network.parameters(), lr=RATE, lambd=LAMBD, t0=steps // 4
-    )
-    cross_entropy = torch.nn.functional.cross_entropy
-    curve = []
-    for step in range(1, steps + 1):
-        images, labels = map(torch.from_numpy, next(batches))
-        optimizer.zero_grad()
-        cross_entropy(network(images), labels).backward()
-        optimizer.step()
-        if step == switch:
-            contents = {
-                "names": [name for name, _ in network.named_parameters()],
-                "network": network.state_dict(),
-                "optimizer": optimizer.state_dict(),
-            }
-            torch.save(contents, checkpoint)
-        if measured(step):
-            images, labels = map(torch.from_numpy, validation)
-            averages = {
-                name: optimizer.state[parameter]["ax"]
-                for name, parameter in network.named_parameters()
-            }
-            with torch.no_grad():
-                last = network(images)
-                average = torch.func.functional_call(network, averages, (images,))
-                pair = [float(cross_entropy(x, labels)) for x in (last, average)]
-            curve.append(Losses(*pair))
-        bar.update()
-    return curve, network.state_dict(), optimizer.state_dict()
+def move(weights: Any, torch_state: Any) -> tuple[Any, Any]:
+    """Params and optimizer state from a checkpoint of torch."""
+    names = list(weights)  # all of them parameters, in the optimizer's order
+    params = to_params({name: weight.numpy() for name, weight in weights.items()})
+    opt_state = state_from_torch(torch_state, names, to_params)
+    return jax.tree.map(jnp.array, params), opt_state
 
 
-def train_in_jax(
-    batches: Iterator[digits.Data],
-    validation: digits.Data,
-    steps: int,
-    switch: int,
-    checkpoint: Path,
-    measured: Callable[[int], bool],
-    bar: tqdm,
-) -> tuple[list[Losses], dict[str, Any], dict[str, Any]]:
-    """Goes on from the checkpoint; returns weights and state as torch has them."""
-    contents = torch.load(checkpoint, weights_only=True)
-    names = contents["names"]
-    weights = {name: contents["network"][name].numpy() for name in names}
-    params = jax.tree.map(jnp.array, to_params(weights))
-    hyperparams = hyperparams_from_torch(contents["optimizer"])
-    tx = asgd(**hyperparams)
-    opt_state = state_from_torch(contents["optimizer"], names, to_params)
+@jax.jit
+def loss(params: Any, images: Any, labels: Any) -> jax.Array:
+    logits = Network().apply({"params": params}, images)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: Network(nnx.Rngs(0))))
+
+def train_in_jax(batches: Any, checkpoint: Any) -> list[Any]:
+    """Params and their average every so many steps, from a checkpoint of torch."""
+    (params, opt_state), pairs = move(*checkpoint), []
+    tx = asgd(**hyperparams_from_torch(checkpoint[1]))
 
     @jax.jit
-    def loss(params: Any, data: digits.Data) -> jax.Array:
-        logits = nnx.merge(graphdef, params)(data.images)
-        return jnp.mean(
-            optax.softmax_cross_entropy_with_integer_labels(logits, data.labels)
-        )
-
-    @jax.jit
-    def train_step(params: Any, opt_state: Any, batch: digits.Data) -> Any:
-        grads = jax.grad(loss)(params, batch)
+    def train_step(params: Any, opt_state: Any, batch: Any) -> Any:
+        grads = jax.grad(loss)(params, *batch)
         updates, opt_state = tx.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
-    curve = []
-    for step in range(switch + 1, steps + 1):
-        params, opt_state = train_step(params, opt_state, next(batches))
-        if measured(step):
-            average = averaged_params(opt_state, params)
-            pair = [float(loss(p, validation)) for p in (params, average)]
-            curve.append(Losses(*pair))
-        bar.update()
-    # Torch could go on from here: load_state_dict takes both.
-    handed_back = state_to_torch(opt_state, names, from_params, **hyperparams)
-    weights = {n: torch.tensor(np.asarray(x)) for n, x in from_params(params).items()}
-    return curve, weights, handed_back
+    for step, batch in enumerate(tqdm(batches, desc="jax", unit="step"), 1):
+        params, opt_state = train_step(params, opt_state, batch)
+        if step % EVERY == 0:
+            pairs.append((params, averaged_params(opt_state, params)))
+    return pairs
 
 
-def compare(steps: int, switch: int, dtype: str) -> Results:
-    """Trains in torch alone, and in JAX from the checkpoint on."""
-    splits = digits.load_splits()
-    training, validation = (
-        data._replace(images=data.images.astype(dtype)) for data in splits[:2]
-    )
-
-    def batches(first: int) -> Iterator[digits.Data]:
-        stream = digits.minibatches(training, BATCH_SIZE, NOISE, seed=0)
-        for _ in range(first):
-            next(stream)
-        return stream
-
-    every = math.ceil(steps / EVALUATIONS)
-
-    def measured(step: int) -> bool:
-        return step % every == 0 or step == steps
-
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        _settings_of_torch(dtype),
-        jax.enable_x64(dtype == "float64"),
-        tqdm(total=2 * steps - switch, desc="training", unit="step") as bar,
-    ):
-        where = Path(folder) / "run.pt"
-        shared = {
-            "validation": validation,
-            "steps": steps,
-            "switch": switch,
-            "checkpoint": where,
-            "measured": measured,
-            "bar": bar,
-        }
-        in_torch, weights, state = train_in_torch(batches(0), **shared)
-        moved, moved_weights, moved_state = train_in_jax(batches(switch), **shared)
-
-    def largest(pairs: Any) -> float:
-        return max(float((a - b).abs().max()) for a, b in pairs)
-
-    ids = state["state"]
-    return Results(
-        np.array([step for step in range(1, steps + 1) if measured(step)]),
-        Losses(*map(np.array, zip(*in_torch, strict=True))),
-        Losses(*map(np.array, zip(*moved, strict=True))),
-        largest((weights[name], moved_weights[name]) for name in weights),
-        largest((ids[id_]["ax"], moved_state["state"][id_]["ax"]) for id_ in ids),
-    )
-
-
-@contextlib.contextmanager
-def _settings_of_torch(dtype: str) -> Iterator[None]:
-    """Torch's default dtype, in which its ASGD keeps its rates; one thread.
-
-    On batches this small a second thread costs more than it brings.
-    """
-    before = torch.get_default_dtype(), torch.get_num_threads()
-    torch.set_default_dtype(getattr(torch, dtype))
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before[0])
-        torch.set_num_threads(before[1])
-
-
-def draw(results: Results, options: argparse.Namespace) -> None:
-    """Draws the losses, and under them how far apart those of the two runs are."""
-    figure, (upper, lower) = plt.subplots(
-        2,
-        sharex=True,
-        figsize=(7, 5.2),
-        height_ratios=(3, 1),
-        layout="constrained",
-    )
-    after = results.steps > options.switch
-    for name, (pale, dark) in COLORS.items():
-        alone, moved = (getattr(r, name) for r in (results.in_torch, results.moved))
-        label = f"{name}, torch alone"
-        upper.plot(results.steps, alone, color=pale, linewidth=5, label=label)
-        label = f"{name}, moved to JAX"
-        upper.plot(results.steps[after], moved, "--", color=dark, label=label)
-        # Points, for a difference of zero has no place on a logarithmic axis.
-        lower.plot(results.steps[after], np.abs(moved - alone[after]), ".", color=dark)
-    for axes in (upper, lower):
-        axes.axvline(options.switch, color="0.4", linestyle=":", label="the move")
-        # A logarithmic axis has no ticks where all that it shows is zero.
-        if any(line.get_ydata().max() > 0 for line in axes.lines[:-1]):
-            axes.set_yscale("log")
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    upper.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    upper.yaxis.set_major_formatter("{x:g}")
-    upper.yaxis.set_minor_formatter("")
-    upper.set(
-        title=f"Digits: torch alone, and moved to JAX on the way ({options.dtype})",
-        ylabel="validation loss (cross-entropy)",
-        xlim=(0, options.steps),
-    )
-    upper.legend(loc="upper right", ncols=2, edgecolor="none", framealpha=1)
-    lower.set(xlabel="step", ylabel="|difference|")
-    figure.savefig(options.output, dpi=120)
-    plt.close(figure)
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = command_line.Parser(
-        "Train in torch, move to JAX on the way; compare with torch alone."
-    )
-    parser.add_argument(
-        "--steps",
-        type=command_line.number(int, lambda n: n >= 2, "a whole number, 2 or more"),
-        default=2000,
-        help="minibatches to train on (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--switch",
-        type=command_line.count,
-        help="step after which the run moves to JAX (default: half of them)",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("float64", "float32"),
-        default="float64",
-        help="of weights, images and rates (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("out/from_pytorch.png"),
-        help="where to save the figure (default: %(default)s)",
-    )
-    options = parser.parse_args(argv)
-    if options.switch is None:
-        options.switch = options.steps // 2
-    if options.switch >= options.steps:
-        parser.error(
-            f"argument --switch: must be less than --steps {options.steps}, not"
-            f" {options.switch}"
-        )
-    if torch is None:
-        parser.error("this example needs PyTorch: pip install '.[examples,torch]'")
-    command_line.check_output(parser, options.output)
-    return options
-
-
-def main(argv: Sequence[str] | None = None) -> Results:
+def main(output: Path = OUTPUT, dtype: str = "float64", steps: int = STEPS) -> Any:
     """Trains both ways, saves the figure, prints and returns the differences."""
-    options = _parse(argv)
-    results = compare(options.steps, options.switch, options.dtype)
-    draw(results, options)
-    trained = options.steps - options.switch
-    print(f"Largest difference after {trained} steps in JAX instead of torch")
-    print(f"  weights   {results.weights_difference:.2g}")
-    print(f"  averages  {results.averages_difference:.2g}")
-    for name, loss in results.in_torch._asdict().items():
-        moved = getattr(results.moved, name)
-        print(f"Validation loss of the {name}: {loss[-1]:.6f}, moved {moved[-1]:.6f}")
-    print(f"Figure: {options.output}")
-    return results
+    torch.set_default_dtype(getattr(torch, dtype))  # in which its ASGD keeps its rates
+    torch.set_num_threads(1)  # on batches this small a second costs more than it brings
+    images, labels = load_digits(return_X_y=True)
+    images = (images / 16).astype(dtype)
+    picked = np.random.default_rng(0).integers(400, len(labels), (steps, BATCH_SIZE))
+    batches, half = [(images[i], labels[i]) for i in picked], steps // EVERY // 2
+    with jax.enable_x64(dtype == "float64"):
+        checkpoints = train_in_torch(batches)
+        in_jax = train_in_jax(batches[half * EVERY :], checkpoints[half - 1])
+        in_torch = [(p, state.ax) for p, state in (move(*c) for c in checkpoints)]
+        held_out = images[:400], labels[:400]
+        evaluate = jax.jit(lambda pair: [loss(p, *held_out) for p in pair])
+        alone, moved = (np.array(list(map(evaluate, x))) for x in (in_torch, in_jax))
+        apart = jax.tree.map(lambda a, b: abs(a - b).max(), in_torch[-1], in_jax[-1])
+    largest = [float(max(jax.tree.leaves(tree))) for tree in apart]
+    print(f"after {len(moved) * EVERY} steps in JAX instead of torch the largest")
+    print("difference of weights is {:.2g}, of averages {:.2g}".format(*largest))
+    plt.style.use(Path(__file__).with_name("style.mplstyle"))
+    figure, axes = plt.subplots(figsize=(7, 4))
+    when = EVERY * np.arange(1, len(alone) + 1)
+    for i, name in enumerate(("iterate", "average")):
+        axes.plot(when, alone[:, i], "C3", linewidth=5, alpha=0.5, label=f"{name} in torch")
+        axes.plot(when[half:], moved[:, i], f"C{i}--", label=f"{name}, moved to JAX")
+    axes.axvline(half * EVERY, color="0.4", linestyle=":", label="the move")
+    axes.set(xlabel="step", ylabel="validation loss (cross-entropy)", yscale="log")
+    axes.legend()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output)
+    return {"alone": alone, "moved": moved, "largest": largest}
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__)
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="the figure")
+    parser.add_argument("--dtype", choices=("float64", "float32"), default="float64")
+    main(**vars(parser.parse_args()))
