@@ -151,7 +151,7 @@ def split(text: str) -> list[str]:
     """The training, validation and test part of a text, 8:1:1."""
     # Manuals repeat themselves: a paragraph that is in two parts of the text, and
     # tables, which are all alike, would make the test part known from training.
-    paragraphs = {}
+    paragraphs: dict[str, list[str]] = {}
     for paragraph in re.split(r"\n\s*\n", text):
         # Nor is there a word in a heading's underline.
         lines = [line for line in paragraph.split("\n") if re.search(r"\w", line)]
@@ -172,7 +172,8 @@ def load(data: Path | None) -> Corpus:
         texts = split("\n\n".join(topics[name] for name in sorted(topics)))
     elif data.is_dir():
         # Such files have their words set apart, and the rare ones replaced.
-        word, min_count, texts = r"\S+", 1, []
+        word, min_count = r"\S+", 1
+        texts = []
         for part in PARTS:
             files = [
                 file
