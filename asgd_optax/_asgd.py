@@ -82,6 +82,7 @@ def asgd(
         `optax.inject_hyperparams`, which takes a type for a schedule.)
       compensated: whether to keep the average as a `CompensatedMean`, which stays
         exact over millions of updates, for one more array of the parameters' size.
+        Where a state is handed on it is the state's kind that counts.
 
     Every numeric hyperparameter is a scalar and may be traced: `jax.vmap` and
     `jax.grad` work over all of them.
@@ -200,7 +201,7 @@ def asgd_update(
     Returns:
       The steps p' - p, in the dtypes of `updates`, and the new average.
     """
-    _checks.check_update(updates, params, "state.ax", _averaging.mean_value(ax))
+    _checks.check_update(updates, params, _averaging.mean_trees("state.ax", ax))
 
     def step_of(g: Any, p: Any) -> jax.Array:
         return _step(-eta, decay, jnp.asarray(g), jnp.asarray(p))

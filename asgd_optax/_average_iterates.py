@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
@@ -75,8 +76,9 @@ def average_iterates(
       returns the updates as they are and the new state.
 
     Raises:
-      TypeError: a weighting that is no function; a `start` or an `every` that is no
-        number; leaves that `asgd` refuses too.
+      TypeError: a weighting that is no function, or whose result is no number; a
+        `start` or an `every` that is no number, an `include_start` that is no bool;
+        leaves that `asgd` refuses too.
       ValueError: a concrete `start` that is negative, NaN or not whole; a concrete
         `every` that is less than 1 or not whole; one of the two that arrives as an
         array of a floating type narrower than 32 bits; missing params; a structure or
@@ -101,6 +103,8 @@ def average_iterates(
     weighting_ = _weightings.checked(weighting)
     _checks.check_count("start", start, at_least=0)
     _checks.check_count("every", every, at_least=1)
+    if not isinstance(include_start, bool | np.bool_):
+        raise TypeError(f"include_start must be True or False; got {include_start!r}")
     _checks.check_accumulator_dtype(accumulator_dtype)
 
     def init_fn(params: optax.Params) -> AverageIteratesState:
@@ -119,8 +123,8 @@ def average_iterates(
     ) -> tuple[optax.Updates, AverageIteratesState]:
         del extra_args
         _checks.check_state(state, AverageIteratesState)
-        mean = _averaging.mean_value(state.average)
-        _checks.check_update(updates, params, "state.average", mean)
+        kept = _averaging.mean_trees("state.average", state.average)
+        _checks.check_update(updates, params, kept)
         step, averaged = jnp.asarray(state.step), jnp.asarray(state.averaged)
         step = optax.safe_increment(step)
         since = step - split_count(start)[0]

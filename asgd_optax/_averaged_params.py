@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from asgd_optax import _checks
 from asgd_optax._asgd import ASGDState
 from asgd_optax._average_iterates import AverageIteratesState
 from asgd_optax._averaging import mean_value
@@ -100,10 +101,14 @@ def averaged_params(
         pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, _is_masked)
     else:
         pairs, treedef = jax.tree_util.tree_flatten_with_path(params)
-    leaves = dict(zip(_numbered(path for path, _ in pairs), pairs, strict=True))
+    leaves = _by_key(pairs)
     for mean in chosen:
         if misfit := _misfit(mean, leaves):
-            raise ValueError(misfit)
+            raise ValueError(
+                f"the averages differ in structure {misfit}: pass `params`"
+                if params is None
+                else f"the average and the parameters differ in structure {misfit}"
+            )
     others = [mean for mean in others if not _misfit(mean, leaves)]
 
     def leaf(key: _Key, path: Any, param: Any) -> Any:
@@ -112,7 +117,7 @@ def averaged_params(
             if len(found) > 1:
                 raise ValueError(_twice(_name(path), found))
             if found:
-                average = found[0].leaves[key]
+                _, average = found[0].leaves[key]
                 return average if params is None else _cast(average, param, path)
         if params is None:
             raise ValueError(
@@ -141,28 +146,23 @@ class _Mean(NamedTuple):
       where: path of its state.
       fallback: whether it serves only where there is no other.
       tree: the average as it stands there.
-      leaves: its arrays.
+      leaves: its arrays, with their paths.
       ends: paths at which it is masked, or `None`.
     """
 
     where: Any
     fallback: bool
     tree: Any
-    leaves: dict[_Key, Any]
+    leaves: dict[_Key, tuple[Any, Any]]
     ends: set[Any]
 
 
 def _mean_of(where: Any, state: Any) -> _Mean:
     tree = mean_value(getattr(state, _MEAN_FIELDS[type(state)]))
-    pairs, _ = jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=lambda node: node is None or _is_masked(node)
-    )
-    leaves, ends = {}, set()
-    for key, (_, leaf) in zip(_numbered(p for p, _ in pairs), pairs, strict=True):
-        if leaf is None or _is_masked(leaf):
-            ends.add(key[0])
-        else:
-            leaves[key] = leaf
+    pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_end)
+    keyed = _by_key(pairs)
+    leaves = {key: pair for key, pair in keyed.items() if not _is_end(pair[1])}
+    ends = {path for path, leaf in keyed.values() if _is_end(leaf)}
     return _Mean(where, type(state) is RandomScalingState, tree, leaves, ends)
 
 
@@ -170,14 +170,23 @@ def _is_masked(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 
-def _numbered(paths: Iterable[Any]) -> Iterable[_Key]:
-    """A key for each of the paths of a tree's leaves, in their order."""
+def _is_end(node: Any) -> bool:
+    return node is None or _is_masked(node)
+
+
+def _by_key(pairs: Iterable[tuple[Any, Any]]) -> dict[_Key, tuple[Any, Any]]:
+    """The paths and leaves of a tree by what they have in common with another's."""
     seen: collections.Counter[Any] = collections.Counter()
-    for path in paths:
-        if path and path[-1] == _BOXED:
-            path = path[:-1]
-        yield path, seen[path]
-        seen[path] += 1
+    keyed = {}
+    for path, leaf in pairs:
+        common = _unboxed(path)
+        keyed[common, seen[common]] = path, leaf
+        seen[common] += 1
+    return keyed
+
+
+def _unboxed(path: Any) -> Any:
+    return path[:-1] if path and path[-1] == _BOXED else path
 
 
 def _graft(tree: Any, other: Any) -> Any:
@@ -202,18 +211,24 @@ def _graft(tree: Any, other: Any) -> Any:
     )
 
 
-def _misfit(mean: _Mean, leaves: dict[_Key, Any]) -> str:
+def _misfit(mean: _Mean, leaves: dict[_Key, tuple[Any, Any]]) -> str:
     """Says how a mean departs from the leaves it should have; empty if it does not."""
+    ends_unboxed = set(map(_unboxed, mean.ends))
 
-    def ends(path: Any) -> bool:
-        return any(path[:n] in mean.ends for n in range(len(path) + 1))
+    def is_filled(key: _Key, path: Any) -> bool:
+        common, number = key
+        if common in ends_unboxed:
+            return True
+        # Below the end of a mean it is not known which of several children of one key
+        # a leaf belongs to.
+        return not number and any(path[:n] in mean.ends for n in range(len(path)))
 
     lacking = [
         path
-        for path, n in leaves
-        if (path, n) not in mean.leaves and not (mean.ends and ends(path))
+        for key, (path, _) in leaves.items()
+        if key not in mean.leaves and not (mean.ends and is_filled(key, path))
     ]
-    besides = [path for path, n in mean.leaves if (path, n) not in leaves]
+    besides = [path for key, (path, _) in mean.leaves.items() if key not in leaves]
     if not lacking and not besides:
         return ""
     # The first node at which they part.
@@ -221,10 +236,10 @@ def _misfit(mean: _Mean, leaves: dict[_Key, Any]) -> str:
     if lacking and besides:
         shared = (a == b for a, b in zip(lacking[0], besides[0], strict=False))
         at = at[: sum(takewhile(bool, shared))]
-    return (
-        f"the average and the parameters differ in structure at {_name(at)}: the"
-        f" average lacks {_listed(lacking)} and has {_listed(besides)} besides"
-    )
+    names = _listed(lacking), _listed(besides)
+    if names[0] == names[1]:  # alike in print, as [0] of a list and of a dictionary
+        names = [str(path) for path in lacking[:3]], [str(path) for path in besides[:3]]
+    return f"at {_name(at)}: the average lacks {names[0]} and has {names[1]} besides"
 
 
 def _listed(paths: list[Any]) -> list[str]:
@@ -252,10 +267,20 @@ def _cast(average: Any, param: Any, path: Any) -> jax.Array:
             f"the average of {_name(path)} has shape {np.shape(average)}, the parameter"
             f" {np.shape(param)}"
         )
-    dtype, own = jnp.result_type(param), jnp.result_type(average)
-    if not jnp.issubdtype(dtype, jnp.inexact) or (
-        jnp.issubdtype(own, jnp.complexfloating)
-        and not jnp.issubdtype(dtype, jnp.complexfloating)
+    if isinstance(average, jax.ShapeDtypeStruct):
+        raise TypeError(f"the average of {_name(path)} is abstract: it has no numbers")
+    kinds = [_checks.array_dtype(average), _checks.array_dtype(param)]
+    # A complex number has no place in a real parameter, nor a number in an integer.
+    if None in kinds or not (
+        jnp.issubdtype(kinds[1], jnp.complexfloating)
+        or (
+            jnp.issubdtype(kinds[1], jnp.floating)
+            and not jnp.issubdtype(kinds[0], jnp.complexfloating)
+        )
     ):
-        raise TypeError(f"the average of {_name(path)} is {own}, the parameter {dtype}")
-    return jnp.asarray(average, dtype=dtype)
+        pairs = zip(kinds, (average, param), strict=True)
+        own, wanted = (type(x).__name__ if k is None else k for k, x in pairs)
+        raise TypeError(
+            f"the average of {_name(path)} is {own}, the parameter {wanted}"
+        )
+    return jnp.asarray(average, dtype=kinds[1])

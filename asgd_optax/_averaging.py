@@ -124,6 +124,20 @@ def mean_value(mean: Mean) -> optax.Params:
     return mean.value if isinstance(mean, CompensatedMean) else mean
 
 
+def mean_trees(name: str, mean: Mean) -> dict[str, optax.Params]:
+    """The trees that make a mean, by their names where the mean has this one."""
+    if not isinstance(mean, CompensatedMean):
+        return {name: mean}
+    return {f"{name}.{field}": tree for field, tree in mean._asdict().items()}
+
+
+def in_device_memory(x: jax.Array) -> jax.Array:
+    """`x`, brought to its device where it lies in host memory."""
+    if not _in_host_memory(x):
+        return x
+    return jax.device_put(x, jax.memory.Space.Device)
+
+
 def _in_host_memory(x: Any) -> bool:
     """Whether `x` is kept in host memory, beside a device that has its own."""
     # Older jax tells no memory spaces apart.

@@ -104,6 +104,7 @@ def check_state(state: Any, kind: type) -> None:
             f"state must be the {kind.__name__} that `init` or an earlier `update` of"
             f" this transformation returned; got a {type(state).__name__}"
         )
+    check_scalar("state.step", getattr(state, "step", None))
 
 
 def check_count(
@@ -126,21 +127,20 @@ def check_params(params: optax.Params, name: str = "params") -> None:
     check_fits(name, params, {})
 
 
-def check_update(updates: Any, params: Any, name: str, mean: Any) -> None:
-    """Raises unless an `update` can be done: all three fit, and can be averaged.
+def check_update(updates: Any, params: Any, kept: Mapping[str, Any]) -> None:
+    """Raises unless an `update` can be done: all fit, and can be averaged.
 
     Args:
       updates: gradients or updates.
       params: the parameters.
-      name: what the next is, for a message.
-      mean: the average kept so far, a tree shaped as the parameters.
+      kept: what a state has in their shape, by its name for a message.
     """
     if params is None and jax.tree.leaves(updates):
         raise ValueError(
             "params are missing: the average is that of the parameters, so call"
             " `update(updates, state, params)`"
         )
-    check_fits("params", params, {"updates": updates, name: mean})
+    check_fits("params", params, {"updates": updates, **kept})
 
 
 def check_fits(
@@ -166,7 +166,7 @@ def check_fits(
     except (ValueError, TypeError) as error:
         raise ValueError(_misfit(name, tree, others)) from error
     for path, leaf, *rest in rows:
-        dtype = _dtype(leaf)
+        dtype = array_dtype(leaf)
         if dtype is None or (averaged_only and not jnp.issubdtype(dtype, jnp.inexact)):
             raise TypeError(
                 f"{name}{jax.tree_util.keystr(path)} is"
@@ -188,7 +188,7 @@ def _check_leaf(
             f"{name}{key(path)} is a {type(leaf).__name__}: sparse gradients must be"
             " made dense first, as by `.todense()`"
         )
-    dtype = _dtype(leaf)
+    dtype = array_dtype(leaf)
     if dtype is None:
         raise ValueError(
             f"{name} and {against} differ in structure: {name}{key(path)} is a"
@@ -245,9 +245,10 @@ def _misfit(against: str, params: Any, others: Mapping[str, Any]) -> str:
     raise AssertionError("a tree that fits")  # pragma: no cover
 
 
-def _dtype(leaf: Any) -> Any:
+def array_dtype(leaf: Any) -> Any:
     """The dtype JAX gives `leaf`, None where it is no array but a container, say."""
-    if not jax.tree_util.all_leaves([leaf]):
+    # A string would be taken for the name of a dtype.
+    if isinstance(leaf, str | bytes) or not jax.tree_util.all_leaves([leaf]):
         return None
     try:
         # That of a key of random numbers is no NumPy dtype.

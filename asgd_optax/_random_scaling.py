@@ -109,9 +109,7 @@ def track_random_scaling(
     ) -> tuple[optax.Updates, RandomScalingState]:
         del extra_args
         _checks.check_state(state, RandomScalingState)
-        _checks.check_update(
-            updates, params, "state.average.value", state.average.value
-        )
+        _checks.check_update(updates, params, _kept(state))
         step = optax.safe_increment(jnp.asarray(state.step))
         averaged = jnp.maximum(step - split_count(start)[0], 0)
         updates = _averaging.round_updates(updates)
@@ -173,7 +171,9 @@ def confidence_interval(
       than two iterates have been averaged, and where the squares of the deviations
       leave the range of the dtype: float32 tells half-widths from about 1e-16 to
       1e18 (scale what is smaller or larger). A parameter that never moved has an
-      interval of length 0. Masked leaves stay masked.
+      interval of length 0; so has one that moved by no more than subnormal numbers, or
+      by so little beside its average that the ends are rounded to it. Masked leaves
+      stay masked.
 
     Raises:
       TypeError: a level that is no number.
@@ -223,9 +223,11 @@ def confidence_interval(
         square = spread + distance**2
         # What is near the smallest number there is has lost terms that fell below.
         lost = (distance != 0) & (square < 1024 * jnp.finfo(square.dtype).tiny)
+        lost = lost | ~jnp.isfinite(square)
         half = critical * jnp.sqrt(factor * square)
         return jnp.where((n < 2) | lost, jnp.nan, half)
 
+    _kept(state)
     average, center = state.average, state.center
     half = jax.tree.map(
         half_width,
@@ -239,6 +241,19 @@ def confidence_interval(
         jax.tree.map(jnp.subtract, average.value, half),
         jax.tree.map(jnp.add, average.value, half),
     )
+
+
+def _kept(state: RandomScalingState) -> dict[str, optax.Params]:
+    """The trees that it keeps, by name."""
+    kept = {"state.spread": state.spread}
+    for field in ("average", "center"):
+        mean = getattr(state, field)
+        if not isinstance(mean, CompensatedMean):
+            raise TypeError(
+                f"state.{field} must be a CompensatedMean; got a {type(mean).__name__}"
+            )
+        kept |= _averaging.mean_trees(f"state.{field}", mean)
+    return kept
 
 
 def _only_state(opt_state: optax.OptState) -> RandomScalingState:

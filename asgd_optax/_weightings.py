@@ -232,7 +232,8 @@ def exponential_weighting(
             raise ValueError(f"decay must be less than 1; got {decay}")
 
     def weight(n: jax.Array) -> jax.Array:
-        forget = default_float(1 - decay)
+        traced = _checks.is_traced(decay)
+        forget = 1 - default_float(decay) if traced else default_float(1 - decay)
         if warmup is not None:
             forget = jnp.maximum(forget, 1 - default_float(warmup(n)))
         none, all_ = forget <= 0, forget >= 1
@@ -258,4 +259,9 @@ def checked(weighting: Any) -> Weighting:
             f"weighting must be a function of n; got {weighting!r}"
             " (optax.inject_hyperparams needs static_args='weighting')"
         )
-    return weighting
+
+    def weight(n: jax.Array) -> ArrayLike:
+        _checks.check_scalar("weighting(n)", w := weighting(n))
+        return w
+
+    return weight

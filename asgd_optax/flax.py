@@ -25,9 +25,10 @@ _update_mean = jax.jit(_averaging.update_mean)
 def averaged_model(model: _M, optimizer: Any, *, wrt: Any = None) -> _M:
     """A new model with the averaged parameters; `model` stays as it is, to train on.
 
-    Everything in it is a copy, also what the two would have in common (BatchNorm's
-    statistics, the state of `Rngs`): either may be donated, changed or deleted without
-    the other. Before averaging has begun its parameters are those of `model`.
+    Every array in it is a copy, also those that the two would have in common
+    (BatchNorm's statistics, the state of `Rngs`): either may be donated, changed or
+    deleted without the other. An average that lies in host memory is brought to the
+    device. Before averaging has begun the parameters are those of `model`.
 
     Batch normalisation's running statistics are those of the iterates: see
     `update_batch_stats`.
@@ -66,10 +67,14 @@ def averaged_model(model: _M, optimizer: Any, *, wrt: Any = None) -> _M:
     if isinstance(optimizer, nnx.Optimizer):
         wrt = optimizer.wrt if wrt is None else wrt
         optimizer = optimizer.opt_state
-    graph, params, *others = nnx.split(model, nnx.Param if wrt is None else wrt, ...)
-    average = averaged_params(optimizer, params)
-    average, others = jax.tree.map(jnp.copy, (average, others))
-    return nnx.merge(graph, average, *others)
+    wrt = nnx.Param if wrt is None else wrt
+    graph, params, *others = nnx.split(model, wrt, ...)
+    try:
+        average = averaged_params(optimizer, params)
+    except ValueError as error:
+        error.add_note(f"params are the variables of the model that are {wrt} (`wrt`)")
+        raise
+    return nnx.merge(graph, *jax.tree.map(_copied, (average, *others)))
 
 
 @overload
@@ -181,6 +186,13 @@ def update_batch_stats(
     statistics, write = nnx_batch_norms(model, call)
     write(_average(batches, statistics, size))
     return None
+
+
+def _copied(x: Any) -> Any:
+    """A copy of an array, of JAX's or NumPy's; what is none as it is."""
+    if isinstance(x, jax.Array):
+        return jnp.copy(_averaging.in_device_memory(x))
+    return x.copy() if isinstance(x, np.ndarray) else x
 
 
 def _call(model: Any, batch: Any) -> Any:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`averaged_params`: what the battery does not cover, its errors above all."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -136,6 +138,8 @@ def test_params_that_do_not_fit(params, message):
     [
         ({"b": jnp.zeros((2, 3))}, {"b": (jnp.ones(3),) * 2}, ValueError, "structure"),
         ({"b": (jnp.ones(3),) * 2}, {"b": jnp.zeros((2, 3))}, ValueError, "structure"),
+        ({"b": jnp.sin}, {"b": jnp.ones(())}, TypeError, r"\['b'\] is float32, the"),
+        ({"b": "float32"}, {"b": jnp.ones(())}, TypeError, "the parameter str"),
         (True, jnp.ones(()), TypeError, "the parameters is float32, .* bool"),
         ({"b": jnp.ones(3, int)}, {"b": jnp.ones(3)}, TypeError, r"\['b'\] .* int32"),
         (
@@ -206,6 +210,53 @@ def test_children_of_one_key():
     average = averaged_params(state, p)
     assert bits(average["pair"].x) == bits(state.inner_state.ax["pair"].x)
     assert bits(average["pair"].y) == bits(p["pair"].y)
+
+
+def test_a_mask_above_children_of_one_key_is_refused():
+    """Of which child a leaf below it is cannot be told."""
+    params = Pair({"w": jnp.ones(2)}, {"w": jnp.zeros(2)})
+    state = optax.masked(asgd(), Pair(False, True)).init(params)
+    with pytest.raises(ValueError, match=r"differ in structure at \['k'\]\['w'\]"):
+        averaged_params(state, params)
+
+
+class Valued(NamedTuple):
+    """A field that is called as the key of an NNX variable's array."""
+
+    value: Any
+    other: Any
+
+
+def test_a_field_called_value():
+    params = Valued(jnp.ones(2), {"a": jnp.ones(3)})
+    p, state = trained(optax.masked(asgd(0.1, t0=0), Valued(False, True)), params)
+    average = averaged_params(state, p)
+    assert bits(average) == bits(Valued(p.value, state.inner_state.ax.other))
+    with pytest.raises(ValueError, match=r"lacks \[\"\.other\['b'\]\"\]"):
+        averaged_params(state, p._replace(other=p.other | {"b": jnp.ones(4)}))
+    with pytest.raises(ValueError, match=r"at \.value: .*has \['\.value'\]"):
+        averaged_params(asgd().init(params), params._replace(value={"x": jnp.ones(2)}))
+
+
+def test_keys_that_print_alike_are_told_apart():
+    with pytest.raises(ValueError, match=r"lacks .*DictKey.* has .*SequenceKey"):
+        averaged_params(asgd().init([jnp.ones(2)]), {0: jnp.ones(2)})
+
+
+def test_averages_that_differ_among_themselves():
+    tx = optax.partition({"a": asgd(), "b": asgd()}, {"w": "a", "v": "b"})
+    state = tx.init({"w": jnp.ones(2), "v": jnp.ones(2)})
+    inner = state.inner_states
+    other = optax.MaskedState(asgd().init({"u": jnp.ones(3)}))
+    state = state._replace(inner_states=inner | {"b": other})
+    with pytest.raises(ValueError, match="^the averages differ .*pass `params`$"):
+        averaged_params(state)
+
+
+def test_an_abstract_average():
+    params = {"b": jnp.ones(2)}
+    with pytest.raises(TypeError, match=r"^the average of \['b'\] is abstract"):
+        averaged_params(jax.eval_shape(asgd().init, params), params)
 
 
 @pytest.mark.parametrize("tx", [asgd(), optax.masked(asgd(), True)])

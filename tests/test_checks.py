@@ -18,6 +18,7 @@ from asgd_optax import (
     running_average,
     track_random_scaling,
 )
+from asgd_optax import confidence_interval as intervals
 from tests.support import bits
 
 HYPERPARAMETERS = ["learning_rate", "lambd", "alpha", "t0", "weight_decay"]
@@ -187,6 +188,57 @@ def test_a_state_of_another_kind(tx):
         message = f"^state must be the {kind} .* got a {type(state).__name__}$"
         with pytest.raises(TypeError, match=message):
             tx.update(PARAMS, state, PARAMS)
+
+
+@pytest.mark.parametrize(
+    "make", [asgd, average_iterates, lambda **options: nt_asgd(0.1, **options)]
+)
+def test_a_residual_of_another_tree(make):
+    tx = make(compensated=True)
+    state = tx.init(PARAMS)
+    field = "average" if hasattr(state, "average") else "ax"
+    for residual, error in (
+        ({"w": jnp.ones(()), "b": [jnp.ones(3)]}, r"\['w'\] has shape \(\)"),
+        (None, " and params differ in structure"),
+    ):
+        mean = getattr(state, field)._replace(residual=residual)
+        with pytest.raises(ValueError, match=f"^state.{field}.residual{error}"):
+            tx.update(PARAMS, state._replace(**{field: mean}), PARAMS)
+
+
+@pytest.mark.parametrize("field", ["average", "center"])
+def test_a_random_scaling_without_a_mean(field):
+    tx = track_random_scaling()
+    state = tx.init(PARAMS)._replace(**{field: PARAMS})
+    for call in (lambda: tx.update(PARAMS, state, PARAMS), lambda: intervals(state)):
+        with pytest.raises(TypeError, match=f"^state.{field} must be a CompensatedM"):
+            call()
+
+
+@pytest.mark.parametrize(
+    "tx", [asgd(), average_iterates(), nt_asgd(0.1), track_random_scaling()]
+)
+def test_a_step_that_is_no_number(tx):
+    state = tx.init(PARAMS)._replace(step=None)
+    with pytest.raises(TypeError, match=r"^state\.step must be a number; got None"):
+        tx.update(PARAMS, state, PARAMS)
+
+
+@pytest.mark.parametrize("value", [2, "yes", None])
+def test_an_include_start_that_is_no_bool(value):
+    with pytest.raises(TypeError, match="^include_start must be True or False; got"):
+        average_iterates(include_start=value)
+
+
+def test_a_weighting_whose_result_is_no_weight():
+    for weighting, error in (
+        (exponential_weighting, ValueError),  # the call was forgotten
+        (lambda n: None, TypeError),
+        (lambda n: jnp.ones(2), ValueError),
+    ):
+        tx = average_iterates(weighting)
+        with pytest.raises(error, match="must be"):
+            tx.update(PARAMS, tx.init(PARAMS), PARAMS)
 
 
 def test_a_running_average_of_another_state():

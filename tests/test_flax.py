@@ -581,3 +581,38 @@ def test_averaged_model_refuses():
         averaged_model(model, nnx.state(optimizer))
     with pytest.raises(TypeError, match="^model must be an nnx.Module; got a LinenNet"):
         averaged_model(LinenNet({}), optimizer)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_averaged_model_of_an_average_in_host_memory(compiled):
+    """It is brought to the device, or the model could not be called."""
+    model, optimizer = trained_nnx()
+    expected = averaged_model(model, optimizer)(make_batches()[0])
+    device = jax.devices()[0]
+    host = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+    state = jax.tree.map(
+        lambda x: jax.device_put(x, host) if x.ndim else x, nnx.state(optimizer)
+    )
+    nnx.update(optimizer, state)
+    make = nnx.jit(averaged_model) if compiled else averaged_model
+    found = make(model, optimizer)(make_batches()[0])
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_averaged_model_leaves_what_is_no_array_as_it_is():
+    model, optimizer = trained_nnx()
+    model.note, model.scale = nnx.Variable("text"), nnx.Variable(1.5)
+    model.table = nnx.Variable(np.arange(3.0))
+    averaged = averaged_model(model, optimizer)
+    assert averaged.note.get_value() == "text"
+    assert type(averaged.scale.get_value()) is float
+    table = averaged.table.get_value()
+    assert table.dtype == np.float64
+    assert not np.shares_memory(table, model.table.get_value())
+
+
+def test_averaged_model_names_wrt():
+    model, optimizer = trained_nnx()
+    with pytest.raises(ValueError, match="differ in structure") as raised:
+        averaged_model(model, optimizer.opt_state, wrt=nnx.BatchStat)
+    assert "`wrt`" in raised.value.__notes__[0]

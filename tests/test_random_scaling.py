@@ -121,6 +121,11 @@ def test_noise_out_of_range_is_nan_or_right(scale):
         assert np.isnan(length).all()
 
 
+def test_an_overflow_is_nan():
+    for end in confidence_interval(track(jnp.array([0.0, 1e21]))):
+        assert bool(jnp.isnan(end))
+
+
 @pytest.mark.parametrize("value", [0.0, 0.1, -3e-30, 1e25])
 def test_what_never_moved_has_length_0(value):
     lower, upper = confidence_interval(track(jnp.full((1000, 2), value)))

@@ -62,6 +62,7 @@ def test_a_traced_decay_of_1_or_more_gives_the_uniform_mean(decay):
         np.testing.assert_allclose(weight(decay, n), 1 / n, rtol=EPS)
         # It is the limit.
         np.testing.assert_allclose(weight(1 - EPS, 7), 1 / 7, rtol=1e-5)
+    np.testing.assert_allclose(weight(jnp.uint32(2), 3), 1 / 3, rtol=EPS)
     slope = jax.jit(jax.grad(lambda d: exponential_weighting(d)(jnp.int32(3))))
     assert np.isfinite(slope(decay))
 
