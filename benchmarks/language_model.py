@@ -151,7 +151,7 @@ def split(text: str) -> list[str]:
     """The training, validation and test part of a text, 8:1:1."""
     # Manuals repeat themselves: a paragraph that is in two parts of the text, and
     # tables, which are all alike, would make the test part known from training.
-    paragraphs = {}
+    paragraphs: dict[str, list[str]] = {}
     for paragraph in re.split(r"\n\s*\n", text):
         # Nor is there a word in a heading's underline.
         lines = [line for line in paragraph.split("\n") if re.search(r"\w", line)]
@@ -194,10 +194,10 @@ def load(data: Path | None) -> Corpus:
         [w for line in text.splitlines() for w in [*re.findall(word, line), LINE_END]]
         for text in texts
     ]
-    for name, part in zip(PARTS, parts, strict=True):
-        if len(part) <= BATCH_SIZE * BPTT:
+    for name, found in zip(PARTS, parts, strict=True):
+        if len(found) <= BATCH_SIZE * BPTT:
             raise ValueError(
-                f"too little text: {len(part)} words in the {name} part, and a batch"
+                f"too little text: {len(found)} words in the {name} part, and a batch"
                 f" takes {BATCH_SIZE * BPTT + 1} (a file is split between paragraphs)"
             )
     counts = Counter(parts[0])

@@ -48,7 +48,7 @@ def load_splits() -> Any:
 
 def score(params: Any, inputs: jax.Array, labels: jax.Array) -> tuple[Any, Any]:
     """The mean cross-entropy and the accuracy."""
-    logits = NETWORK.apply({"params": params}, inputs)
+    logits: Any = NETWORK.apply({"params": params}, inputs)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return losses.mean(), jnp.mean(logits.argmax(-1) == labels)
 
@@ -83,14 +83,14 @@ def attempt(what: str, function: Callable[..., Any], *args: Any, **kwargs: Any) 
     return result
 
 
-def save(manager: ocp.CheckpointManager, step: int, state: Any, run: dict) -> None:
+def save(manager: ocp.CheckpointManager, step: int, state: Any, run: Any) -> None:
     """Saves a state and, beside it, what run it is of."""
     run = ocp.args.JsonSave(run | {"sha256": hashlib.sha256(bits(state)).hexdigest()})
     items = ocp.args.Composite(state=ocp.args.StandardSave(state), run=run)
     manager.save(step, args=items)
 
 
-def resume(manager: ocp.CheckpointManager, fresh: Any, run: dict) -> tuple[int, Any]:
+def resume(manager: ocp.CheckpointManager, fresh: Any, run: Any) -> tuple[int, Any]:
     """The newest whole checkpoint's step and state; 0 and `fresh` if there is none."""
     step = manager.latest_step()  # Orbax passes over a save that was cut short
     if step is None:
@@ -114,7 +114,7 @@ def main(checkpoint_dir: Path | None = None, steps: int = STEPS) -> dict[str, An
     tx = optax.chain(optax.clip_by_global_norm(CLIP), asgd(RATE, lambd=0.0, t0=T0))
     params = NETWORK.init(key, data[0][:1])["params"]
     fresh = TrainState.create(apply_fn=NETWORK.apply, params=params, tx=tx)
-    run = {"rate": RATE, "t0": T0, "batch size": BATCH_SIZE, "seed": SEED}
+    run: Any = {"rate": RATE, "t0": T0, "batch size": BATCH_SIZE, "seed": SEED}
     run["model or optimizer"] = str(jax.eval_shape(lambda: (params, fresh.opt_state)))
     results: dict[str, Any] = {"starts": []}
     with tempfile.TemporaryDirectory() as temporary:
