@@ -194,10 +194,10 @@ def load(data: Path | None) -> Corpus:
         [w for line in text.splitlines() for w in [*re.findall(word, line), LINE_END]]
         for text in texts
     ]
-    for name, found in zip(PARTS, parts, strict=True):
-        if len(found) <= BATCH_SIZE * BPTT:
+    for name, tokens in zip(PARTS, parts, strict=True):
+        if len(tokens) <= BATCH_SIZE * BPTT:
             raise ValueError(
-                f"too little text: {len(found)} words in the {name} part, and a batch"
+                f"too little text: {len(tokens)} words in the {name} part, and a batch"
                 f" takes {BATCH_SIZE * BPTT + 1} (a file is split between paragraphs)"
             )
     counts = Counter(parts[0])
