@@ -63,7 +63,14 @@ def test_the_two_networks_are_one(lesson):
 
 
 def test_without_torch_one_line_says_so(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)
+    class Without:
+        def find_spec(self, name, path=None, target=None):
+            if name == "torch":
+                raise ModuleNotFoundError(name)
+
+    # Not None among the modules: SciPy looks for arrays of torch's there.
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Without(), *sys.meta_path])
     monkeypatch.delitem(sys.modules, "examples.from_pytorch", raising=False)
     with pytest.raises(SystemExit) as ended:
         importlib.import_module("examples.from_pytorch")
