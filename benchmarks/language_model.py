@@ -496,7 +496,7 @@ def draw(results: Results, output: Path) -> None:
             np.median(triggers), color="C1", linestyle=":", label="NT-ASGD triggers"
         )
     axes.set(
-        title=f"Word-level LSTM: median and range of {seeds} seeds",
+        title=f"Word-level LSTM, {seeds} seeds: median and range",
         xlabel="epoch",
         ylabel="validation perplexity",
         xlim=(1, max(2, epochs)),
