@@ -195,10 +195,10 @@ def load(data: Path | None) -> Corpus:
         [w for line in text.splitlines() for w in [*re.findall(word, line), LINE_END]]
         for text in texts
     ]
-    for name, part in zip(PARTS, parts, strict=True):
-        if len(part) <= BATCH_SIZE * BPTT:
+    for name, tokens in zip(PARTS, parts, strict=True):
+        if len(tokens) <= BATCH_SIZE * BPTT:
             raise ValueError(
-                f"too little text: {len(part)} words in the {name} part, and a batch"
+                f"too little text: {len(tokens)} words in the {name} part, and a batch"
                 f" takes {BATCH_SIZE * BPTT + 1} (a file is split between paragraphs)"
             )
     counts = Counter(parts[0])
@@ -497,7 +497,7 @@ def draw(results: Results, output: Path) -> None:
             np.median(triggers), color="C1", linestyle=":", label="NT-ASGD triggers"
         )
     axes.set(
-        title=f"Word-level LSTM: median and range of {seeds} seeds",
+        title=f"Word-level LSTM, {seeds} seeds: median and range",
         xlabel="epoch",
         ylabel="validation perplexity",
         xlim=(1, max(2, epochs)),

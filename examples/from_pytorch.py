@@ -95,7 +95,7 @@ def loss(params: Any, images: Any, labels: Any) -> jax.Array:
 def train_in_jax(batches: Any, checkpoint: Any) -> list[Any]:
     """Params and their average every so many steps, from a checkpoint of torch."""
     (params, opt_state), pairs = move(*checkpoint), []
-    tx = asgd(**hyperparams_from_torch(checkpoint[1]))
+    tx = asgd(**dict[str, Any](hyperparams_from_torch(checkpoint[1])))
 
     @jax.jit
     def train_step(params: Any, opt_state: Any, batch: Any) -> Any:
@@ -133,7 +133,7 @@ def main(output: Path = OUTPUT, dtype: str = "float64", steps: int = STEPS) -> A
     figure, axes = plt.subplots(figsize=(7, 4))
     when = EVERY * np.arange(1, len(alone) + 1)
     for i, name in enumerate(("iterate", "average")):
-        axes.plot(when, alone[:, i], "C3", linewidth=5, alpha=0.5, label=f"{name} in torch")
+        axes.plot(when, alone[:, i], "C3", lw=5, alpha=0.5, label=f"{name} in torch")
         axes.plot(when[half:], moved[:, i], f"C{i}--", label=f"{name}, moved to JAX")
     axes.axvline(half * EVERY, color="0.4", linestyle=":", label="the move")
     axes.set(xlabel="step", ylabel="validation loss (cross-entropy)", yscale="log")

@@ -92,17 +92,17 @@ def logs_again():
 
 
 def test_the_lesson_begins_to_average_by_itself(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(lesson, "RATE", 60.0)
+    monkeypatch.setattr(lesson, "RATE", 30.0)
     monkeypatch.setattr(lesson, "NONMONO", 1)
     figure = tmp_path / "new" / "figure.png"
-    results = lesson.main(figure, epochs=14, hidden=16)
+    results = lesson.main(figure, epochs=16, hidden=32)
     began, iterate, average = (results[x] for x in ("began", "iterate", "average"))
-    assert 1 < began < 14
+    assert 1 < began < 16
     np.testing.assert_array_equal(average[:began], iterate[:began])
-    assert average[-1] < 0.97 * iterate[-1]
+    assert average[-1] < 0.9 * iterate[-1]
     assert figure.read_bytes().startswith(PNG_SIGNATURE)
     printed = capsys.readouterr().out
-    assert f"after epoch {began} of 14" in printed
+    assert f"after epoch {began} of 16" in printed
     assert f"last iterate {iterate[-1]:.2f}, average {average[-1]:.2f}" in printed
 
 
@@ -257,8 +257,9 @@ def test_a_disk_that_is_full_is_one_line(
         with pytest.raises(SystemExit) as ended:
             example.main(argv)
     assert ended.value.code == 1
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.endswith(f"cannot save in {folder}: [Errno 28] No space left on device")
+    printed = capsys.readouterr().err
+    assert f"cannot save in {folder}: [Errno 28] No space left on device\n" in printed
+    assert "Traceback" not in printed
     assert_same(example.main(argv), finished[1])
     assert f"resumed: {folder}, epoch 1" in capsys.readouterr().out
 

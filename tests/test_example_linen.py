@@ -215,7 +215,7 @@ def test_an_old_checkpoint_half_deleted_is_passed_over(finished, saved):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
-@pytest.mark.parametrize("size", ["16k", "200k"])
+@pytest.mark.parametrize("size", ["16k", "120k"])
 def test_a_small_file_system(size, finished, tmp_path):
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(tmp_path)]
     if subprocess.run(mount, stderr=subprocess.DEVNULL, check=False).returncode:
