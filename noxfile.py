@@ -109,7 +109,7 @@ def torch(session: nox.Session) -> None:
 @nox.session(venv_backend="venv")
 def live(session: nox.Session) -> None:
     """The libraries whose averages ours replace, beside ours."""
-    # Or pip takes a torch that is built for CUDA, of gigabytes.
+    # Or pip may take another torch for one of them, of gigabytes.
     constraints = pathlib.Path(session.create_tmp(), "constraints.txt")
     constraints.write_text("torch==2.13.0\n")
     packages = ["torch", "ema-pytorch==0.8.3", "diffusers==0.42", "lightning==2.6.6"]
