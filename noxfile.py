@@ -8,6 +8,7 @@ fails at its end.
 """
 
 import glob
+import pathlib
 import shutil
 
 import nox
@@ -103,6 +104,22 @@ def torch(session: nox.Session) -> None:
     """A live PyTorch beside ours."""
     session.install("-e", ".[test]", "torch==2.13.0", "expecttest")
     session.run("pytest", "--no-skips", "-m", "torch", "tests")
+
+
+@nox.session(venv_backend="venv")
+def live(session: nox.Session) -> None:
+    """The libraries whose averages ours replace, beside ours."""
+    # Or pip may take another torch for one of them, of gigabytes.
+    constraints = pathlib.Path(session.create_tmp(), "constraints.txt")
+    constraints.write_text("torch==2.13.0\n")
+    packages = ["torch", "ema-pytorch==0.8.3", "diffusers==0.42", "lightning==2.6.6"]
+    packages += ["keras>=3.15", "-e", ".[test]"]
+    session.install("-c", str(constraints), *packages)
+    # One file of it is loaded, which needs torch alone.
+    session.install("--no-deps", "timm==1.0.31")
+    # By name: what a module lacks is then an error.
+    modules = sorted(glob.glob("tests/live/test_*.py"))
+    session.run("pytest", "--no-skips", *modules, env={"KERAS_BACKEND": "jax"})
 
 
 @without_environment
