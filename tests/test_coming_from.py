@@ -256,18 +256,17 @@ def test_rule_of_keras_accumulating_gradients(k):
 
 def test_weights_from_a_signal_known_as_it_comes():
     """A running average made in the step, around a weight that is traced."""
-    tokens = np.random.default_rng(2).integers(1, 9, STEPS).astype(np.float64)
+    tokens = np.random.default_rng(2).integers(1, 9, STEPS)
 
     @jax.jit
-    def step(state, total, params, mass):
-        total = total + mass
-        state = running_average(lambda n: mass / total).update(state, params)
-        return state, total
+    def take(state, params, weight):
+        return running_average(lambda n: weight).update(state, params)
 
     with enable_x64(True):
-        state, total = running_average().init(np.zeros(3)), 0.0
+        state, seen = running_average().init(np.zeros(3)), 0
         for params, mass in zip(ITERATES[1:], tokens, strict=True):
-            state, total = step(state, total, params, mass)
+            seen += mass
+            state = take(state, params, mass / seen)
         expected = np.average(ITERATES[1:], axis=0, weights=tokens)
         np.testing.assert_allclose(state.average, expected, **CLOSE)
 
@@ -302,3 +301,49 @@ def test_live_optax_ema_of_updates():
             momentum, state = theirs.update(g, state)
             ours = mean.update(ours, g)
             np.testing.assert_allclose(mean.value(ours), momentum, **CLOSE)
+
+
+def test_live_optax_periodic_update():
+    """A target network, taken over whole every so often."""
+    with enable_x64(True):
+        iterates = jnp.asarray(ITERATES)
+        tx = average_iterates(lambda n: 1.0, every=EVERY, include_start=True)
+        followed, averages = coming_from.our_averages(tx, iterates)
+        target = iterates[0]
+        for step, (p, average) in enumerate(zip(followed, averages, strict=True), 1):
+            target = optax.periodic_update(p, target, jnp.array(step), EVERY)
+            np.testing.assert_array_equal(average, target)
+
+
+if coming_from.installed("flax.nnx.training.ema"):
+
+    @pytest.mark.flax
+    def test_live_nnx_ema_of_a_whole_state():
+        """Statistics are averaged as the parameters are; a key is the latest, here."""
+        from flax import nnx
+
+        class Model(nnx.Module):
+            def __init__(self):
+                self.w = nnx.Param(jnp.asarray(ITERATES[0]))
+                self.mean = nnx.BatchStat(jnp.asarray(ITERATES[1]))
+
+        with enable_x64(True):
+            model = Model()
+            theirs = nnx.EMA(model, DECAY)
+            ours = running_average(exponential_weighting(DECAY, debias=False))
+            state = ours.init(nnx.state(model))
+            for w, mean in itertools.pairwise(ITERATES):
+                model.w[...], model.mean[...] = jnp.asarray(w), jnp.asarray(mean)
+                theirs.update(model)
+                state = ours.update(state, nnx.state(model))
+                for pair in zip(
+                    *map(jax.tree.leaves, (ours.value(state), theirs.params)),
+                    strict=True,
+                ):
+                    np.testing.assert_allclose(*pair, **CLOSE)
+            model.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+            state = ours.update(ours.init(nnx.state(model)), nnx.state(model))
+            merged = nnx.merge(nnx.graphdef(model), ours.value(state))
+            assert merged.dropout.rngs.key.get_value() == (
+                model.dropout.rngs.key.get_value()
+            )
