@@ -4,6 +4,7 @@
 import subprocess
 import sys
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -616,3 +617,48 @@ def test_averaged_model_names_wrt():
     with pytest.raises(ValueError, match="differ in structure") as raised:
         averaged_model(model, optimizer.opt_state, wrt=nnx.BatchStat)
     assert "`wrt`" in raised.value.__notes__[0]
+
+
+def sharded_training(metadata, compiled):
+    """A kernel, its moments and averages as they were step by step, and the average."""
+    model = nnx.Linear(
+        8, 16, use_bias=False, rngs=nnx.Rngs(0), kernel_metadata=metadata
+    )
+    tx = optax.chain(optax.adam(0.1), average_iterates())
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    def step(model, optimizer):
+        x = jnp.arange(32.0).reshape(4, 8)
+        grads = nnx.grad(lambda model: jnp.mean(model(x) ** 2))(model)
+        optimizer.update(model, grads)
+
+    kernel, state = model.kernel.get_value(), []
+    for _ in range(4):
+        (adam, _), ours = optimizer.opt_state
+        state += [tree["kernel"].get_value() for tree in (adam.mu, ours.average)]
+        (nnx.jit(step) if compiled else step)(model, optimizer)
+    average = averaged_params(optimizer.opt_state)
+    return kernel, state, average["kernel"].get_value()
+
+
+# Since then a parameter's metadata may say where the optimizer's state is to lie.
+if tuple(map(int, flax.__version__.split(".")[:3])) >= (0, 12, 8):
+
+    @pytest.mark.parametrize("compiled", [False, True])
+    @pytest.mark.parametrize("axes", ["Auto", "Explicit"])
+    @pytest.mark.parametrize("told", [False, True])
+    def test_the_average_lies_as_flax_lays_the_moments_out(told, axes, compiled):
+        """As the parameter; where `optimizer_sharding` is told, as it says."""
+        own, wanted = (None, "model"), ("data", "model") if told else (None, "model")
+        metadata = {"out_sharding": own}
+        if told:
+            metadata["optimizer_sharding"] = wanted
+        *_, expected = sharded_training({}, compiled)
+        kinds = (getattr(jax.sharding.AxisType, axes),) * 2
+        mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=kinds)
+        with jax.set_mesh(mesh):
+            kernel, state, average = sharded_training(metadata, compiled)
+        assert kernel.sharding.spec == jax.sharding.PartitionSpec(*own)
+        lies = {x.sharding.spec for x in [*state, average]}
+        assert lies == {jax.sharding.PartitionSpec(*wanted)}
+        np.testing.assert_allclose(average, expected, rtol=1e-5, atol=1e-6)
