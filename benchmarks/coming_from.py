@@ -57,8 +57,8 @@ class Row(NamedTuple):
     """What was measured of a peer: see the module's docstring."""
 
     difference: float
-    jump: tuple[float | None, float, float]  # theirs, None where it fails; ours; true
-    errors: tuple[float, float]  # of theirs and of ours
+    jump: tuple[float | None, ...]  # theirs, None where it fails; ours; true
+    errors: tuple[float, ...]  # of theirs and of ours
 
 
 def nnx_ema(decay: float, params: jax.Array) -> Theirs:
