@@ -89,8 +89,9 @@ def haiku_ema(decay: float, params: jax.Array, **options: Any) -> Theirs:
         hk.transform_with_state(lambda x: hk.EMAParamsTree(decay, **options)(x))
     )
     tree = lambda params: {"linear": {"w": params}}  # noqa: E731
-    _, state = jax.jit(ema.init)(None, tree(params))
-    apply = jax.jit(ema.apply)
+    init: Any = jax.jit(ema.init)
+    apply: Any = jax.jit(ema.apply)
+    _, state = init(None, tree(params))
 
     def take(params: jax.Array) -> jax.Array:
         nonlocal state
