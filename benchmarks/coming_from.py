@@ -88,10 +88,12 @@ def haiku_ema(decay: float, params: jax.Array, **options: Any) -> Theirs:
     ema = hk.without_apply_rng(
         hk.transform_with_state(lambda x: hk.EMAParamsTree(decay, **options)(x))
     )
-    tree = lambda params: {"linear": {"w": params}}  # noqa: E731
-    init: Any = jax.jit(ema.init)
-    apply: Any = jax.jit(ema.apply)
-    _, state = init(None, tree(params))
+
+    def tree(params: jax.Array) -> Any:
+        return {"linear": {"w": params}}
+
+    _, state = jax.jit(ema.init)(None, tree(params))
+    apply = jax.jit(ema.apply)
 
     def take(params: jax.Array) -> jax.Array:
         nonlocal state
