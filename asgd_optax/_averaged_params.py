@@ -271,7 +271,7 @@ def _cast(average: Any, param: Any, path: Any) -> jax.Array:
         raise TypeError(f"the average of {_name(path)} is abstract: it has no numbers")
     kinds = [_checks.array_dtype(average), _checks.array_dtype(param)]
     # A complex number has no place in a real parameter, nor a number in an integer.
-    if None in kinds or not (
+    if any(kind is None for kind in kinds) or not (
         jnp.issubdtype(kinds[1], jnp.complexfloating)
         or (
             jnp.issubdtype(kinds[1], jnp.floating)

@@ -80,10 +80,10 @@ def _power(learning_rate, gamma, start=1):
     )
 
 
-def _plain_ema(learning_rate, decay, start=0):
-    """As many keep by hand: from the parameters, every second step."""
+def _plain_ema(learning_rate, decay, start=0, every=1):
+    """As many keep by hand: from the parameters, every so many steps."""
     weighting = exponential_weighting(decay, debias=False)
-    average = average_iterates(weighting, start=start, every=2, include_start=True)
+    average = average_iterates(weighting, start=start, every=every, include_start=True)
     return optax.chain(optax.sgd(learning_rate), average)
 
 
@@ -126,7 +126,7 @@ ROWS = [
     Row("polynomial", _polynomial, {"learning_rate": 0.3, "gamma": 1.5}, {}),
     Row("exponential", _exponential, {"learning_rate": 0.3, "decay": 0.4}, {}),
     Row("power", _power, {"learning_rate": 0.3, "gamma": 1.5}, {}),
-    Row("plain-ema", _plain_ema, {"learning_rate": 0.3, "decay": 0.4}, {}),
+    Row("plain-ema", _plain_ema, {"learning_rate": 0.3, "decay": 0.4}, {"every": 2}),
     Row(
         "random-scaling",
         _random_scaling,
