@@ -136,7 +136,7 @@ def asgd(
 
     def eta_and_mu(step: jax.Array) -> tuple[jax.Array, jax.Array]:
         rate = learning_rate(step) if callable(learning_rate) else learning_rate
-        return step_size(step, rate, lambd, alpha), weight(step, t0)
+        return step_size(step, rate, lambd, alpha), weight_at(step, t0)
 
     def init_fn(params: optax.Params) -> ASGDState:
         _checks.check_params(params)
@@ -233,7 +233,7 @@ def step_size(
     return rate / (1 + lambd * rate * step.astype(rate.dtype)) ** alpha
 
 
-def weight(step: jax.Array, t0: ArrayLike) -> jax.Array:
+def weight_at(step: jax.Array, t0: ArrayLike) -> jax.Array:
     """1 / max(1, t - t0)."""
     whole, fraction = split_count(t0)
     since = (step - whole).astype(fraction.dtype) - fraction

@@ -100,7 +100,7 @@ def average_iterates(
       Polyak & Juditsky, `Acceleration of stochastic approximation by averaging
       <https://doi.org/10.1137/0330046>`_, SIAM J. Control Optim. 30(4), 1992.
     """
-    weighting_ = _weightings.checked(weighting)
+    weighting_ = _weightings.checked_weighting(weighting)
     _checks.check_count("start", start, at_least=0)
     _checks.check_count("every", every, at_least=1)
     if not isinstance(include_start, bool | np.bool_):

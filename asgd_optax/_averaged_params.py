@@ -135,7 +135,7 @@ def averaged_params(
 _Key = tuple[Any, int]
 
 
-class _Mean(NamedTuple):
+class _Found(NamedTuple):
     """An average, flat: what a mean and `params` have in common is paths.
 
     Their nodes may differ in type (NNX keeps states of variables, of optimizer
@@ -157,13 +157,13 @@ class _Mean(NamedTuple):
     ends: set[Any]
 
 
-def _mean_of(where: Any, state: Any) -> _Mean:
+def _mean_of(where: Any, state: Any) -> _Found:
     tree = mean_value(getattr(state, _MEAN_FIELDS[type(state)]))
     pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_end)
     keyed = _by_key(pairs)
     leaves = {key: pair for key, pair in keyed.items() if not _is_end(pair[1])}
     ends = {path for path, leaf in keyed.values() if _is_end(leaf)}
-    return _Mean(where, type(state) is RandomScalingState, tree, leaves, ends)
+    return _Found(where, type(state) is RandomScalingState, tree, leaves, ends)
 
 
 def _is_masked(node: Any) -> bool:
@@ -211,7 +211,7 @@ def _graft(tree: Any, other: Any) -> Any:
     )
 
 
-def _misfit(mean: _Mean, leaves: dict[_Key, tuple[Any, Any]]) -> str:
+def _misfit(mean: _Found, leaves: dict[_Key, tuple[Any, Any]]) -> str:
     """Says how a mean departs from the leaves it should have; empty if it does not."""
     ends_unboxed = set(map(_unboxed, mean.ends))
 
@@ -252,7 +252,7 @@ def _name(path: Any) -> str:
     return jax.tree_util.keystr(path) or "the parameters"
 
 
-def _twice(name: str, means: list[_Mean]) -> str:
+def _twice(name: str, means: list[_Found]) -> str:
     places = [f"opt_state{jax.tree_util.keystr(mean.where)}" for mean in means]
     return (
         f"{' and '.join(places)} both average {name}: pass the sub-state wanted, as"

@@ -242,7 +242,7 @@ def _misfit(against: str, params: Any, others: Mapping[str, Any]) -> str:
         nodes: tuple[Any, Any] = jax.tree.structure(tree), jax.tree.structure(params)
         if nodes[0] != nodes[1]:
             return prefix + f"{nodes[0]} against {nodes[1]}"
-    raise AssertionError("a tree that fits")  # pragma: no cover
+    raise AssertionError("all of these trees fit")  # pragma: no cover
 
 
 def array_dtype(leaf: Any) -> Any:

@@ -9,7 +9,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from asgd_optax import _averaging, _checks
-from asgd_optax._asgd import asgd_update, check_step_rule, step_size, weight
+from asgd_optax._asgd import asgd_update, check_step_rule, step_size, weight_at
 from asgd_optax._averaging import Mean
 from asgd_optax._numerics import default_float
 
@@ -157,7 +157,7 @@ def nt_asgd(
         del extra_args
         _checks.check_state(state, NTASGDState)
         step, since = jnp.asarray(state.step), jnp.asarray(state.since)
-        triggered, recent, lowest = _validate(
+        triggered, recent, lowest = _after_loss(
             validation_loss,
             jnp.asarray(state.triggered),
             jnp.asarray(state.recent),
@@ -169,7 +169,9 @@ def nt_asgd(
         decay = jnp.where(triggered, default_float(lambd), 0) + default_float(
             weight_decay
         )
-        steps, ax = asgd_update(updates, params, state.ax, eta, weight(since, 0), decay)
+        steps, ax = asgd_update(
+            updates, params, state.ax, eta, weight_at(since, 0), decay
+        )
         return steps, NTASGDState(
             step=optax.safe_increment(step),
             triggered=triggered,
@@ -182,7 +184,7 @@ def nt_asgd(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _validate(
+def _after_loss(
     loss: ArrayLike | None,
     triggered: jax.Array,
     recent: jax.Array,

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
 from asgd_optax import _averaging, _checks
 from asgd_optax._averaging import CompensatedMean
@@ -22,7 +23,8 @@ class RandomScalingState(NamedTuple):
 
     Attributes:
       step: number of finished updates. Shape (), int32; stays at 2**31 - 1.
-      averaged: number n of averaged iterates. Shape (), int32.
+      averaged: number n of averaged iterates: those of `step` after `start`.
+        Shape (), int32.
       average: the mean of the iterates, a `CompensatedMean`.
       center: the mean of the averages after 1, …, n iterates at weights 1, …, n^2,
         a `CompensatedMean`.
@@ -44,7 +46,7 @@ class ConfidenceInterval(NamedTuple):
 
 
 def track_random_scaling(
-    *, start: jax.typing.ArrayLike = 0
+    *, start: ArrayLike = 0
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keeps what confidence intervals for the parameters are made of.
 
@@ -109,7 +111,7 @@ def track_random_scaling(
     ) -> tuple[optax.Updates, RandomScalingState]:
         del extra_args
         _checks.check_state(state, RandomScalingState)
-        _checks.check_update(updates, params, _kept(state))
+        _checks.check_update(updates, params, _checked_trees(state))
         step = optax.safe_increment(jnp.asarray(state.step))
         averaged = jnp.maximum(step - split_count(start)[0], 0)
         updates = _averaging.round_updates(updates)
@@ -227,7 +229,7 @@ def confidence_interval(
         half = critical * jnp.sqrt(factor * square)
         return jnp.where((n < 2) | lost, jnp.nan, half)
 
-    _kept(state)
+    _checked_trees(state)
     average, center = state.average, state.center
     half = jax.tree.map(
         half_width,
@@ -243,8 +245,8 @@ def confidence_interval(
     )
 
 
-def _kept(state: RandomScalingState) -> dict[str, optax.Params]:
-    """The trees that it keeps, by name."""
+def _checked_trees(state: RandomScalingState) -> dict[str, optax.Params]:
+    """The trees that a state keeps, by name; its means must be compensated."""
     kept = {"state.spread": state.spread}
     for field in ("average", "center"):
         mean = getattr(state, field)

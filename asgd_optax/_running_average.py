@@ -77,7 +77,7 @@ def running_average(
       >>> print(mean.value(state)["loss"])
       5.0
     """
-    weighting_ = _weightings.checked(weighting)
+    weighting_ = _weightings.checked_weighting(weighting)
     _checks.check_accumulator_dtype(accumulator_dtype)
 
     def init(tree: Any) -> RunningAverageState:

@@ -250,7 +250,7 @@ def exponential_weighting(
     return weight
 
 
-def checked(weighting: Any) -> Weighting:
+def checked_weighting(weighting: Any) -> Weighting:
     """`weighting`, uniform where it is None; `TypeError` where it is no function."""
     if weighting is None:
         return uniform_weighting()

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
 from asgd_optax import _averaging, _checks
 from asgd_optax._asgd import ASGDState
@@ -214,13 +215,13 @@ def state_from_torch(
 def state_to_torch(
     state: ASGDState,
     names: Iterable[str],
-    from_params: Callable[[optax.Params], Mapping[str, jax.typing.ArrayLike]],
+    from_params: Callable[[optax.Params], Mapping[str, ArrayLike]],
     *,
-    learning_rate: jax.typing.ArrayLike,
-    lambd: jax.typing.ArrayLike,
-    alpha: jax.typing.ArrayLike,
-    t0: jax.typing.ArrayLike,
-    weight_decay: jax.typing.ArrayLike,
+    learning_rate: ArrayLike,
+    lambd: ArrayLike,
+    alpha: ArrayLike,
+    t0: ArrayLike,
+    weight_decay: ArrayLike,
     maximize: bool = False,
 ) -> dict[str, Any]:
     """What `torch.optim.ASGD.load_state_dict` takes, to go on from a state of `asgd`.
@@ -286,7 +287,7 @@ def state_to_torch(
     mu = read_number(state.mu, "state.mu", most=1)
     names = read_names(names)
     _check_function("from_params", from_params)
-    hyperparams: dict[str, jax.typing.ArrayLike] = {
+    hyperparams: dict[str, ArrayLike] = {
         "learning_rate": learning_rate,
         "lambd": lambd,
         "alpha": alpha,
@@ -348,7 +349,7 @@ def _check_function(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a function; got {reprlib.repr(value)}")
 
 
-def _hyperparameter(name: str, value: jax.typing.ArrayLike) -> float:
+def _hyperparameter(name: str, value: ArrayLike) -> float:
     """An argument of `asgd` as a number, once it has been checked."""
     _checks.check_hyperparameter(name, value, may_be_inf=name == "t0")
     # `optax.inject_hyperparams` makes it complex where the parameters are.

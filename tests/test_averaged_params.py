@@ -17,7 +17,7 @@ from asgd_optax import (
     averaged_params,
     track_random_scaling,
 )
-from tests.support import bits, random_tree, train_step
+from tests.support import bits, precision_of, random_tree, train_step
 
 
 def trained(tx, params, steps=4):
@@ -32,6 +32,18 @@ def test_it_is_the_state_s_average():
     assert bits(averaged_params(state)) == bits(state.ax)
     assert bits(averaged_params(state, params)) == bits(state.ax)
     assert bits(params) != bits(state.ax)
+
+
+@pytest.mark.parametrize(
+    "dtype", ["float16", "bfloat16", "float32", "float64", "complex64", "complex128"]
+)
+def test_it_has_the_dtype_of_params(dtype):
+    with precision_of(dtype):
+        params, state = trained(asgd(0.1, t0=0), random_tree(0, dtype))
+        average = averaged_params(state, params)
+        for x, own in zip(*map(jax.tree.leaves, (average, state.ax)), strict=True):
+            assert x.dtype == dtype
+            assert bits(x) == bits(own.astype(dtype))
 
 
 def test_it_is_the_value_of_a_compensated_mean():
