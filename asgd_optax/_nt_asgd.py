@@ -166,12 +166,10 @@ def nt_asgd(
         rate = learning_rate(step) if callable(learning_rate) else learning_rate
         # `since` is 0 before the trigger: the rate undecayed, the weight 1.
         eta = step_size(since, rate, lambd, alpha)
-        decay = jnp.where(triggered, default_float(lambd), 0) + default_float(
-            weight_decay
-        )
-        steps, ax = asgd_update(
-            updates, params, state.ax, eta, weight_at(since, 0), decay
-        )
+        decay = default_float(weight_decay)
+        decay = decay + jnp.where(triggered, default_float(lambd), 0)
+        mu = weight_at(since, 0)
+        steps, ax = asgd_update(updates, params, state.ax, eta, mu, decay)
         return steps, NTASGDState(
             step=optax.safe_increment(step),
             triggered=triggered,
