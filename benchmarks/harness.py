@@ -22,8 +22,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import google_benchmark
-import torch
 from tqdm import tqdm
 
 from benchmarks import command_line
@@ -63,6 +61,9 @@ def measure(contestants: Mapping[str, Contestant], repetitions: int) -> dict[str
     Raises:
       Exception: what a contestant raised.
     """
+    # Here, so that what is to be timed can be tried where it is not installed.
+    import google_benchmark
+
     errors: list[Exception] = []
     with (
         tqdm(total=len(contestants) * repetitions, desc="timing", unit="run") as bar,
@@ -105,7 +106,7 @@ def _timed(
 ) -> Any:
     """The function of google-benchmark's that times what `setup` makes."""
 
-    def run(state: google_benchmark.State) -> None:
+    def run(state: Any) -> None:
         # An exception must not reach the C++ that calls this.
         try:
             call = setup()
@@ -148,6 +149,9 @@ def choose_torch_threads(trial: Callable[[], Any]) -> dict[int, float]:
     Returns:
       The seconds of a trial, by number of threads.
     """
+    # Here, since not every benchmark has torch to compare with.
+    import torch
+
     seconds = {}
     for threads in sorted({1, torch.get_num_threads()}):
         torch.set_num_threads(threads)
