@@ -28,6 +28,8 @@ from benchmarks import command_line
 
 # The one style of all figures, which says what a colour means.
 STYLE = Path(__file__).parents[1] / "examples" / "style.mplstyle"
+# Of others, before there is one of ours: what it was measured under.
+LOAD = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 LIBRARIES = ("jax", "optax", "flax", "torch", "scikit-learn", "google-benchmark")
 
 
@@ -211,7 +213,8 @@ def report(name: str, text: str, folder: Path) -> None:
       folder: made if it is not there.
     """
     command = shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]])
-    text = f"{text.strip()}\n\nBy `{command}` on {machine()}.\n"
+    load = "" if LOAD is None else f" Load average when it began: {LOAD:.1f}."
+    text = f"{text.strip()}\n\nBy `{command}` on {machine()}.{load}\n"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.md").write_text(text, encoding="utf-8")
     print(text)

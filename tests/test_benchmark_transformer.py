@@ -149,5 +149,5 @@ def test_the_table_says_what_averaging_adds():
 def test_the_picture_has_a_bar_for_every_average(tmp_path):
     time = harness.Time(2e-3, 1e-3, 3e-3)
     rows = dict.fromkeys(TRAININGS, transformer.Row(time, time))
-    transformer.draw(rows, QUICK, tmp_path / "transformer.png")
+    transformer.draw(rows, tmp_path / "transformer.png")
     assert (tmp_path / "transformer.png").stat().st_size > 10_000
