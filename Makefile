@@ -43,7 +43,7 @@ test: $(VENV)/.test  ## Run the tests and doctests
 test-tpu: $(VENV)-tpu/.test  ## Ask the TPU compiler, without a TPU
 	$(VENV)-tpu/bin/python -m pytest tests/tpu $(ARGS)
 
-BENCHMARKS := step_cost training_loop one_pass rate_sweep
+BENCHMARKS := step_cost training_loop transformer one_pass rate_sweep
 
 .PHONY: bench
 bench: $(VENV)-bench/.bench  ## Measure what it costs and what it buys; tables and pictures

@@ -22,14 +22,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import google_benchmark
-import torch
 from tqdm import tqdm
 
 from benchmarks import command_line
 
 # The one style of all figures, which says what a colour means.
 STYLE = Path(__file__).parents[1] / "examples" / "style.mplstyle"
+# Of others, before there is one of ours: what it was measured under.
+LOAD = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 LIBRARIES = ("jax", "optax", "flax", "torch", "scikit-learn", "google-benchmark")
 
 
@@ -63,6 +63,9 @@ def measure(contestants: Mapping[str, Contestant], repetitions: int) -> dict[str
     Raises:
       Exception: what a contestant raised.
     """
+    # Here, so that what is to be timed can be tried where it is not installed.
+    import google_benchmark
+
     errors: list[Exception] = []
     with (
         tqdm(total=len(contestants) * repetitions, desc="timing", unit="run") as bar,
@@ -105,7 +108,7 @@ def _timed(
 ) -> Any:
     """The function of google-benchmark's that times what `setup` makes."""
 
-    def run(state: google_benchmark.State) -> None:
+    def run(state: Any) -> None:
         # An exception must not reach the C++ that calls this.
         try:
             call = setup()
@@ -148,6 +151,9 @@ def choose_torch_threads(trial: Callable[[], Any]) -> dict[int, float]:
     Returns:
       The seconds of a trial, by number of threads.
     """
+    # Here, since not every benchmark has torch to compare with.
+    import torch
+
     seconds = {}
     for threads in sorted({1, torch.get_num_threads()}):
         torch.set_num_threads(threads)
@@ -207,7 +213,8 @@ def report(name: str, text: str, folder: Path) -> None:
       folder: made if it is not there.
     """
     command = shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]])
-    text = f"{text.strip()}\n\nBy `{command}` on {machine()}.\n"
+    load = "" if LOAD is None else f" Load average when it began: {LOAD:.1f}."
+    text = f"{text.strip()}\n\nBy `{command}` on {machine()}.{load}\n"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.md").write_text(text, encoding="utf-8")
     print(text)

@@ -34,10 +34,12 @@ from torch.optim import swa_utils
 from tqdm import tqdm
 
 from asgd_optax import asgd, average_iterates
-from benchmarks import harness
+from benchmarks import by_hand, harness
 
 RATE = 1e-4
 BASE = "optax.sgd"
+HAND, OURS = ", by hand", ", average_iterates"
+BY_HAND = "optax, or by hand"
 COMPILED = "torch ASGD, compiled"
 COPIES = ("copy in JAX", "copy in torch")
 # Few, so that a leaf of any size is soon filled with repeats of them.
@@ -93,17 +95,17 @@ def of_optax(tx: optax.GradientTransformation) -> Method:
     return Method(tx.init, step)
 
 
-def sgd_and_ema() -> Method:
+def sgd_and(average: by_hand.ByHand) -> Method:
     """An average written by hand, beside the optimizer in the same jit."""
     sgd = of_optax(optax.sgd(RATE))
 
     def init(params: Any) -> Any:
-        return sgd.init(params), jax.tree.map(jnp.copy, params)
+        return sgd.init(params), average.init(params)
 
     def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
-        inner, ema = state
+        inner, kept = state
         params, inner = sgd.step(params, inner, grads)
-        return params, (inner, optax.incremental_update(params, ema, 0.001))
+        return params, (inner, average.update(kept, params))
 
     return Method(init, step)
 
@@ -138,16 +140,26 @@ def torch_asgd(tree: Tree, **options: Any) -> Call:
     return torch.optim.ASGD(torch_params(tree), lr=RATE, t0=0, **options).step
 
 
-IN_JAX = {
-    BASE: of_optax(optax.sgd(RATE)),
-    "optax.sgd, EMA by hand": sgd_and_ema(),
-    "optax.sgd, average_iterates": of_optax(
-        optax.chain(optax.sgd(RATE), average_iterates())
-    ),
-    "asgd": of_optax(asgd(RATE, t0=0)),
-    "asgd, compensated": of_optax(asgd(RATE, t0=0, compensated=True)),
-    "optax.adam": of_optax(optax.adam(RATE)),
-}
+def in_jax() -> dict[str, Method]:
+    """Each of this library's comes behind the same by hand."""
+    sgd, rules = optax.sgd(RATE), by_hand.RULES
+    uniform = rules["uniform"]
+    rows = {BASE: of_optax(sgd)}
+    for name in ("uniform", "EMA", "debiased EMA", "power"):
+        ours = average_iterates(rules[name].weighting)
+        rows[name + HAND] = sgd_and(by_hand.average(rules[name]))
+        rows[name + OURS] = of_optax(optax.chain(sgd, ours))
+    compensated = average_iterates(compensated=True)
+    rows["compensated" + HAND] = sgd_and(by_hand.average(uniform, compensated=True))
+    rows["compensated" + OURS] = of_optax(optax.chain(sgd, compensated))
+    rows["asgd" + HAND] = Method(*by_hand.asgd(RATE, t0=0))
+    rows["asgd"] = of_optax(asgd(RATE, t0=0))
+    rows["asgd, compensated"] = of_optax(asgd(RATE, t0=0, compensated=True))
+    rows["optax.adam"] = of_optax(optax.adam(RATE))
+    return rows
+
+
+IN_JAX = in_jax()
 IN_TORCH: dict[str, Callable[[Tree], Call]] = {
     "torch SGD": torch_sgd,
     "torch SGD, AveragedModel": torch_averaged,
@@ -159,7 +171,9 @@ IN_TORCH: dict[str, Callable[[Tree], Call]] = {
 }
 # Bytes a parameter, 20 where nothing is said: parameters and gradients make 12, and an
 # average, a moment or a residual 8 each.
-LEAST = {BASE: 12, "torch SGD": 12, "asgd, compensated": 28, "optax.adam": 28}
+LEAST = {BASE: 12, "torch SGD": 12} | dict.fromkeys(
+    ["asgd, compensated", f"compensated{HAND}", f"compensated{OURS}", "optax.adam"], 28
+)
 
 
 def gpt2(width: int, layers: int, vocabulary: int, positions: int) -> list[Shape]:
@@ -308,10 +322,12 @@ def section(
 
     def row(name: str) -> list[str]:
         step, least, made = times[name], LEAST.get(name, 20), compiled.get(name)
+        same = times.get(name.removesuffix(OURS) + HAND)
         cells = [
             name,
             "{:.3g} [{:.3g}, {:.3g}]".format(*(1e3 * seconds for seconds in step)),
             f"{step.median / times[BASE].median:.2f}",
+            f"{step.median / same.median:.2f}" if same else "-",
             f"{least}",
             f"{made.bytes:.1f}" if made and made.bytes else "-",
             # The copy moves three arrays at 8 bytes an element.
@@ -323,7 +339,7 @@ def section(
         seconds = " + ".join(f"{seconds:.2f}" for seconds in made.seconds)
         return [*cells, seconds, f"{ratio:.1f}"]
 
-    header = [tree.title, "step (ms)", "ratio", "least bytes", "XLA's bytes"]
+    header = [tree.title, "step (ms)", "ratio", "by hand", "least bytes", "XLA's bytes"]
     header += ["bandwidth (%)", "compile (s)", "ratio"]
     table = harness.table(header, [row(name) for name in times if name not in copies])
     speeds = [f"{24e-9 * tree.size / s:.1f} ({name})" for name, s in copies.items()]
@@ -339,7 +355,8 @@ PAGE = """\
 One step alone, float32, gradients fixed. JAX on {jax_device}, torch on \
 {torch_device}. Medians [quartiles] of {repetitions} repetitions.
 
-- *ratio*: to `{base}`.
+- *ratio*: to `{base}`; *by hand*: to the same rule as a `tree_map` behind
+  `apply_updates` (`by_hand.py`). The rows of averages are of `{base}` too.
 - *least bytes*: a parameter, each array read once and, if it changes, written once.
   *XLA's bytes*: what XLA counts in the step that it compiled.
 - *bandwidth*: least bytes over time, in percent of the faster copy's in the same run:
@@ -359,15 +376,15 @@ def draw(times: Mapping[str, Mapping[str, harness.Time]], output: Path) -> None:
     """Draws the steps' times over that of `BASE`, a panel for each tree."""
     names = [name for name in next(iter(times.values())) if name not in COPIES]
     plt.style.use(harness.STYLE)
-    colors = {"this library": "C1", "optax": "C2", "PyTorch": "C3"}
+    colors = {"this library": "C1", BY_HAND: "C2", "PyTorch": "C3"}
 
     def source(name: str) -> str:
         if name.startswith("torch"):
             return "PyTorch"
-        ours = "asgd" in name or "average_iterates" in name
-        return "this library" if ours else "optax"
+        ours = name.startswith("asgd") or name.endswith(OURS)
+        return "this library" if ours and not name.endswith(HAND) else BY_HAND
 
-    figure, panels = plt.subplots(ncols=len(times), figsize=(11, 4.6), sharey=True)
+    figure, panels = plt.subplots(ncols=len(times), figsize=(11, 6.4), sharey=True)
     for axes, (title, steps) in zip(panels, times.items(), strict=True):
         base = steps[BASE].median
         for name in names:

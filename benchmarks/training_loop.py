@@ -35,13 +35,14 @@ from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel
 
 from asgd_optax import asgd, average_iterates, averaged_params
-from benchmarks import harness
+from benchmarks import by_hand, harness
 from examples import digits
 
 RATE = 0.1
 TOLERANCE = 1e-3  # largest difference in an array, over its largest element
 TRIAL = 20  # steps, to choose torch's threads
 BASE = "optax.sgd"
+HAND, OURS = ", by hand", ", average_iterates"
 TORCH_BASE = "torch SGD"
 TORCH_ASGD = "torch ASGD"
 
@@ -146,29 +147,45 @@ def train_with(tx: optax.GradientTransformation) -> Recipe:
     return Recipe(init, step)
 
 
-def with_ema(recipe: Recipe) -> Recipe:
-    """The same, and beside it a moving average of the parameters by hand."""
+def with_average(recipe: Recipe, average: by_hand.ByHand) -> Recipe:
+    """The same, and beside it an average of the parameters by hand."""
 
     def init(params: Params) -> Any:
-        return *recipe.init(params), jax.tree.map(jnp.array, params)
+        return *recipe.init(params), average.init(params)
 
     def step(carry: Any, batch: digits.Data) -> Any:
-        *carry, ema = carry
+        *carry, state = carry
         carry = recipe.step(carry, batch)
-        return *carry, optax.incremental_update(carry[0], ema, 0.001)
+        return *carry, average.update(state, carry[0])
+
+    return Recipe(init, step)
+
+
+def train_by_hand(optimizer: by_hand.Optimizer) -> Recipe:
+    """The training step of an optimizer that is not optax's."""
+
+    def init(params: Params) -> Any:
+        params = jax.tree.map(jnp.array, params)
+        return params, optimizer.init(params)
+
+    def step(carry: Any, batch: digits.Data) -> Any:
+        params, state = carry
+        return optimizer.step(params, state, jax.grad(loss)(params, batch))
 
     return Recipe(init, step)
 
 
 def recipes() -> dict[str, Recipe]:
+    """Each of this library's comes behind the same by hand."""
     sgd = optax.sgd(RATE)
-    return {
-        BASE: train_with(sgd),
-        "optax.adam": train_with(optax.adam(1e-3)),
-        "sgd + EMA by hand": with_ema(train_with(sgd)),
-        "sgd + average_iterates": train_with(optax.chain(sgd, average_iterates())),
-        "asgd": train_with(asgd(RATE, lambd=0.0, t0=0)),
-    }
+    rows = {BASE: train_with(sgd), "optax.adam": train_with(optax.adam(1e-3))}
+    for name, rule in by_hand.RULES.items():
+        average = average_iterates(rule.weighting)
+        rows[name + HAND] = with_average(train_with(sgd), by_hand.average(rule))
+        rows[name + OURS] = train_with(optax.chain(sgd, average))
+    rows["asgd" + HAND] = train_by_hand(by_hand.asgd(RATE, lambd=0.0, t0=0))
+    rows["asgd"] = train_with(asgd(RATE, lambd=0.0, t0=0))
+    return rows
 
 
 def scanned(recipe: Recipe, batches: Batches) -> Callable[[Any], Any]:
@@ -281,7 +298,7 @@ def torch_trainings(
     ) -> TorchTraining:
         return torch_training(counterpart, optimizer_of, params, batches, **options)
 
-    averaged = "sgd + average_iterates"
+    averaged = f"uniform{OURS}"
     trainings = {
         TORCH_BASE: make(BASE, torch_sgd),
         f"{TORCH_BASE} + AveragedModel": make(averaged, torch_sgd, averaged=True),
@@ -360,7 +377,7 @@ def measure(
 
 
 def format_rows(rows: dict[str, Row]) -> str:
-    """The table; every row against SGD in its own form, and against torch's ASGD."""
+    """The table: every row against SGD in its own form, by hand and torch's ASGD."""
 
     def spread(time: harness.Time | None) -> str:
         if time is None:
@@ -376,6 +393,7 @@ def format_rows(rows: dict[str, Row]) -> str:
     peer = rows[TORCH_ASGD].loop
     for name, row in rows.items():
         base = rows[BASE if row.scan else TORCH_BASE]
+        same = rows.get(name.removesuffix(OURS) + HAND)
         lines.append(
             [
                 name,
@@ -383,6 +401,8 @@ def format_rows(rows: dict[str, Row]) -> str:
                 spread(row.loop),
                 ratio(row.scan, base.scan),
                 ratio(row.loop, base.loop),
+                ratio(row.scan, same and same.scan),
+                ratio(row.loop, same and same.loop),
                 ratio(peer, row.scan),
                 ratio(peer, row.loop),
             ]
@@ -393,6 +413,8 @@ def format_rows(rows: dict[str, Row]) -> str:
         "loop (µs)",
         "scan / SGD",
         "loop / SGD",
+        "scan / by hand",
+        "loop / by hand",
         f"{TORCH_ASGD} / scan",
         f"{TORCH_ASGD} / loop",
     ]
@@ -415,6 +437,8 @@ network on minibatches of 32 in float32, on the CPU. Medians (and quartiles) ove
 
 {format_rows(rows)}
 
+- *by hand*: the same rule as a `tree_map` behind `apply_updates` (`by_hand.py`); the
+  EMA has a decay of {by_hand.DECAY}. The rows of averages are of `{BASE}` too.
 - *SGD* is `{BASE}` for the rows of JAX, `{TORCH_BASE}` for those of torch;
   *{TORCH_ASGD}* is `torch.optim.ASGD` in its default form, the row of that name.
 - Against the fastest of torch's forms of ASGD, *{fastest}*, `asgd` is {scan:.1f} times
@@ -428,7 +452,7 @@ network on minibatches of 32 in float32, on the CPU. Medians (and quartiles) ove
 def draw(rows: dict[str, Row], output: Path) -> None:
     """A bar for every time, from zero, with its quartiles."""
     plt.style.use(harness.STYLE)
-    figure, axes = plt.subplots(figsize=(7, 4.2))
+    figure, axes = plt.subplots(figsize=(7, 0.36 * len(rows) + 0.6))
 
     def bar(y: float, height: float, color: str, alpha: float, time: Any) -> None:
         drawn = axes.barh(
@@ -444,7 +468,7 @@ def draw(rows: dict[str, Row], output: Path) -> None:
 
     for y, (name, row) in enumerate(rows.items()):
         if row.scan:
-            ours = "asgd" in name or "average_iterates" in name
+            ours = name == "asgd" or name.endswith(OURS)
             color = "C1" if ours else "C2"
             bar(y - 0.2, 0.38, color, 1.0, row.scan)
             bar(y + 0.2, 0.38, color, 0.5, row.loop)
@@ -459,7 +483,7 @@ def draw(rows: dict[str, Row], output: Path) -> None:
     axes.grid(visible=False, axis="y")
     axes.set_axisbelow(True)
     axes.margins(x=0.1)
-    sources = {"this library": "C1", "optax": "C2", "torch": "C3"}
+    sources = {"this library": "C1", "optax, or by hand": "C2", "torch": "C3"}
     handles = [Patch(color=color, label=label) for label, color in sources.items()]
     handles.append(Patch(color="0.3", label="all steps in one scan"))
     handles.append(Patch(color="0.3", alpha=0.5, label="a call a step"))
