@@ -8,6 +8,7 @@ one iterate. Beyond, blocks grow geometrically with the distance from the neares
 their stretch, for that is how smoothly profiles vary there.
 """
 
+import collections
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -95,8 +96,9 @@ def posthoc_coefficients(
 
     Up to 10^6 steps the sum is over single iterates. Beyond, iterates are taken
     together in blocks that grow with their distance from the nearest start or step,
-    and a profile as constant within each. That is exact for uniform averages, changes
-    the residual by less than 1e-7 for others, and takes weightings for smooth in n.
+    and a profile as constant within each. That is exact for uniform averages. For
+    others it changes the residual, and the coefficients over their amplification, by
+    less than 2e-7. It takes weightings for smooth in n.
 
     Args:
       snapshots: profiles of the averages that were kept.
@@ -289,25 +291,24 @@ class _Blocks(NamedTuple):
 def _blocks(profiles: list[_Profile]) -> _Blocks:
     """Blocks that begin or end with every profile, finer towards these ends."""
     every = profiles[0].every
-    ends = {p.first for p in profiles} | {
-        p.first + p.every * p.averaged for p in profiles
-    }
-    ends |= {p.before + i for p in profiles for i in (0, 1)}
     # Averages that start at other remainders of `every` have no iterate in common.
-    remainders = {p.first % every for p in profiles if p.averaged}
-    remainders |= {p.before % every for p in profiles}
+    ends = collections.defaultdict[int, set[int]](set)
+    for p in profiles:
+        ends[p.before % every] |= {p.before, p.before + every}
+        if p.averaged:
+            ends[p.first % every] |= {p.first, p.first + every * p.averaged}
     edges = [0]
     while edges[-1] <= LAST_STEP:
         edges.append(edges[-1] + max(1, int(_GRADING * edges[-1])))
     graded = np.array(edges)
     firsts, lengths = [], []
-    for remainder in sorted(remainders):
-        stops = sorted({-((remainder - end) // every) for end in ends})
-        for low, high in itertools.pairwise(stops):
-            near = graded[: np.searchsorted(graded, (high - low) // 2, side="right")]
-            cuts = np.unique(np.concatenate([low + near, high - near]))
-            firsts.append(remainder + every * cuts[:-1])
-            lengths.append(np.diff(cuts))
+    stretches = (itertools.pairwise(sorted(ends[r])) for r in sorted(ends))
+    for low, high in itertools.chain.from_iterable(stretches):
+        total = (high - low) // every
+        near = graded[: np.searchsorted(graded, total // 2, side="right")]
+        cuts = np.unique(np.concatenate([near, total - near]))
+        firsts.append(low + every * cuts[:-1])
+        lengths.append(np.diff(cuts))
     length = np.concatenate(lengths)
     distinct, which = np.unique(length, return_inverse=True)
     nodes, node_weights = _sum_rule(distinct)
