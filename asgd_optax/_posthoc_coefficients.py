@@ -141,7 +141,8 @@ def posthoc_coefficients(
             )
     profiles = [*kept, wanted]
     if wanted.step <= _EXACT_STEPS:
-        return _fit([_shares(p, wanted.step + 1) for p in profiles])
+        logs = _shared(profiles, _log_kept)
+        return _fit([_shares(p, logs[p.rule], wanted.step + 1) for p in profiles])
     for profile in kept:
         if profile.every != wanted.every:
             raise ValueError(
@@ -149,7 +150,9 @@ def posthoc_coefficients(
                 f" {wanted.every}: beyond {_EXACT_STEPS} steps all must be the same"
             )
     blocks = _blocks(profiles)
-    return _fit([_masses(p, blocks) / np.sqrt(blocks.length) for p in profiles])
+    logs = _shared(profiles, lambda p: _log_kept_of_blocks(p, blocks))
+    scale = np.sqrt(blocks.length)
+    return _fit([_masses(p, logs[p.rule], blocks) / scale for p in profiles])
 
 
 class _Profile(NamedTuple):
@@ -164,6 +167,7 @@ class _Profile(NamedTuple):
       before: step of the iterate that has what they leave: the one that is followed
         until the first. All, where there is none.
       weights: of n, an array, to their weights, float64.
+      rule: what profiles have in common that differ in their step alone.
     """
 
     name: str
@@ -173,6 +177,7 @@ class _Profile(NamedTuple):
     averaged: int
     before: int
     weights: Callable[[np.ndarray], np.ndarray]
+    rule: tuple[Any, ...]
 
 
 def _checked(name: str, profile: AverageProfile) -> _Profile:
@@ -202,7 +207,8 @@ def _checked(name: str, profile: AverageProfile) -> _Profile:
         w = _weights_of(f"{name}.weighting(n)", weighting, n)
         return np.where(n == 1, 1.0, w) if include_start else w
 
-    return _Profile(name, step, first, every, averaged, before, weights)
+    rule = (id(profile.weighting), start, every, bool(include_start))
+    return _Profile(name, step, first, every, averaged, before, weights, rule)
 
 
 def _whole(name: str, value: Any, *, at_least: int, may_be_inf: bool = True) -> int:
@@ -247,21 +253,34 @@ def _cpu() -> jax.Device | None:
         return None
 
 
-def _shares(profile: _Profile, size: int) -> np.ndarray:
+def _shared(
+    profiles: list[_Profile], log_kept: Callable[[_Profile], np.ndarray]
+) -> dict[tuple[Any, ...], np.ndarray]:
+    """Each rule's `log_kept`: of its longest profile, for others begin as that does."""
+    longest: dict[tuple[Any, ...], _Profile] = {}
+    for p in sorted(profiles, key=lambda p: p.averaged):
+        longest[p.rule] = p
+    return {rule: log_kept(p) for rule, p in longest.items()}
+
+
+def _log_kept(profile: _Profile) -> np.ndarray:
+    """Logarithms of what each iterate leaves of those before it."""
+    return _log_rest(profile.weights(np.arange(1, profile.averaged + 1)))
+
+
+def _log_rest(weights: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore"):
+        # A weight of 1 leaves nothing: e^-10000 is 0, without an infinity.
+        return np.maximum(np.log1p(-weights), -1e4)
+
+
+def _shares(profile: _Profile, log_kept: np.ndarray, size: int) -> np.ndarray:
     """What each of p(0), …, p(size - 1) weighs."""
-    weights = profile.weights(np.arange(1, profile.averaged + 1))
-    averaged, before = _shared_out(_log_kept(weights))
+    averaged, before = _shared_out(log_kept[: profile.averaged])
     shares = np.zeros(size)
     shares[profile.first :: profile.every][: profile.averaged] = averaged
     shares[profile.before] += before
     return shares
-
-
-def _log_kept(weights: np.ndarray) -> np.ndarray:
-    """Logarithm of what an iterate of this weight leaves of those before it."""
-    with np.errstate(divide="ignore"):
-        # A weight of 1 leaves nothing: e^-10000 is 0, without an infinity.
-        return np.maximum(np.log1p(-weights), -1e4)
 
 
 def _shared_out(log_kept: np.ndarray) -> tuple[np.ndarray, Any]:
@@ -348,14 +367,24 @@ def _sum_rule(length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return nodes.astype(np.int64), weights
 
 
-def _masses(profile: _Profile, blocks: _Blocks) -> np.ndarray:
-    """What each block weighs, all its iterates together."""
+def _inside(profile: _Profile, blocks: _Blocks) -> tuple[np.ndarray, np.ndarray]:
+    """Which blocks a profile averages, and the n of the first iterate of each block."""
     since = blocks.first - profile.first
     n = since // profile.every + 1
-    inside = (n >= 1) & (n <= profile.averaged) & (since % profile.every == 0)
+    return (n >= 1) & (n <= profile.averaged) & (since % profile.every == 0), n
+
+
+def _log_kept_of_blocks(profile: _Profile, blocks: _Blocks) -> np.ndarray:
+    """Logarithms of what each block that it averages leaves of those before it."""
+    inside, n = _inside(profile, blocks)
     weights = profile.weights(n[inside, None] + blocks.nodes[inside])
-    log_kept = np.sum(blocks.node_weights[inside] * _log_kept(weights), axis=1)
-    averaged, before = _shared_out(log_kept)
+    return np.sum(blocks.node_weights[inside] * _log_rest(weights), axis=1)
+
+
+def _masses(profile: _Profile, log_kept: np.ndarray, blocks: _Blocks) -> np.ndarray:
+    """What each block weighs, all its iterates together."""
+    inside, _ = _inside(profile, blocks)
+    averaged, before = _shared_out(log_kept[: np.count_nonzero(inside)])
     masses = np.zeros(inside.shape)
     masses[inside] = averaged
     masses[blocks.first == profile.before] += before
@@ -364,10 +393,10 @@ def _masses(profile: _Profile, blocks: _Blocks) -> np.ndarray:
 
 def _fit(columns: list[np.ndarray]) -> PosthocFit:
     """Least squares: the last column from those before it."""
-    matrix = np.stack(columns, axis=1)
     r: Any = np.empty((0, len(columns)))
-    for i in range(0, len(matrix), _CHUNK):
-        r = np.linalg.qr(np.concatenate([r, matrix[i : i + _CHUNK]]), mode="r")
+    for i in range(0, columns[0].size, _CHUNK):
+        rows = np.stack([column[i : i + _CHUNK] for column in columns], axis=1)
+        r = np.linalg.qr(np.concatenate([r, rows]), mode="r")
     kept, wanted = r[:, :-1], r[:, -1]
     m = kept.shape[1]
     even = np.full(m, 1 / m)
