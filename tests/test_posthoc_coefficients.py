@@ -405,3 +405,42 @@ def test_numbers_of_any_kind():
 def test_x64_is_left_as_it_was():
     posthoc_coefficients([GOOD], GOOD)
     assert jnp.asarray(1.0).dtype == jnp.result_type(float) == np.float32
+
+
+def test_inside_of_a_trace():
+    target = AverageProfile(5, width(0.1))
+    kept = [AverageProfile(3, WARM), GOOD]
+    plain = posthoc_coefficients(kept, target)
+
+    @jax.jit
+    def traced(x):
+        return x * posthoc_coefficients(kept, target).coefficients
+
+    np.testing.assert_allclose(traced(1.0), plain.coefficients, rtol=1e-6)
+
+
+def test_without_a_cpu_device(monkeypatch):
+    """`JAX_PLATFORMS` may leave none: then where everything is computed."""
+    plain = posthoc_coefficients([GOOD], AverageProfile(9, WARM))
+
+    def none(backend=None):
+        raise RuntimeError(f"Unknown backend {backend}")
+
+    monkeypatch.setattr(jax, "local_devices", none)
+    assert posthoc_coefficients([GOOD], AverageProfile(9, WARM)) == plain
+
+
+def test_states_give_their_profiles():
+    """`step`, `since` and what a state counts are taken as they are."""
+    tx = asgd(1.0, lambd=0.0, t0=1)
+    params = jnp.ones(())
+    state = tx.init(params)
+    for _ in range(5):
+        _, state = tx.update(params, state, params)
+    kept = [
+        AverageProfile(state.step, start=2),
+        AverageProfile(state.step - 1, start=2),
+    ]
+    fit = posthoc_coefficients(kept, AverageProfile(5, start=4))
+    # Of the means over iterates 3, 4, 5 and 3, 4 the last one.
+    np.testing.assert_allclose(fit.coefficients, [3, -2], rtol=1e-12)
