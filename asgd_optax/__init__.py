@@ -7,8 +7,14 @@ from asgd_optax._average_iterates import AverageIteratesState as AverageIterates
 from asgd_optax._average_iterates import average_iterates as average_iterates
 from asgd_optax._averaged_params import averaged_params as averaged_params
 from asgd_optax._averaging import CompensatedMean as CompensatedMean
+from asgd_optax._combine_averages import combine_averages as combine_averages
 from asgd_optax._nt_asgd import NTASGDState as NTASGDState
 from asgd_optax._nt_asgd import nt_asgd as nt_asgd
+from asgd_optax._posthoc_coefficients import AverageProfile as AverageProfile
+from asgd_optax._posthoc_coefficients import PosthocFit as PosthocFit
+from asgd_optax._posthoc_coefficients import (
+    posthoc_coefficients as posthoc_coefficients,
+)
 from asgd_optax._random_scaling import ConfidenceInterval as ConfidenceInterval
 from asgd_optax._random_scaling import RandomScalingState as RandomScalingState
 from asgd_optax._random_scaling import confidence_interval as confidence_interval

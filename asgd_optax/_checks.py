@@ -164,7 +164,7 @@ def check_fits(
             lambda *row: rows.append(row), tree, *others.values()
         )
     except (ValueError, TypeError) as error:
-        raise ValueError(_misfit(name, tree, others)) from error
+        raise ValueError(misfit(name, tree, others)) from error
     for path, leaf, *rest in rows:
         dtype = array_dtype(leaf)
         if dtype is None or (averaged_only and not jnp.issubdtype(dtype, jnp.inexact)):
@@ -222,7 +222,7 @@ def _check_wide_enough(name: str, path: Any, dtype: Any) -> None:
         )
 
 
-def _misfit(against: str, params: Any, others: Mapping[str, Any]) -> str:
+def misfit(against: str, params: Any, others: Mapping[str, Any]) -> str:
     """Says which of `others` departs in structure from `params`, and where first."""
 
     def paths(tree: Any) -> list[Any]:

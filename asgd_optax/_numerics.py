@@ -8,6 +8,7 @@ removes. Counts are compared in integers: above 2**24 float32 holds no odd numbe
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,10 @@ from jax.typing import ArrayLike, DTypeLike
 from asgd_optax import _checks
 
 LAST_STEP = np.iinfo(np.int32).max
+
+# jax before 0.8 has it among what is experimental.
+_home: Any = jax if hasattr(jax, "enable_x64") else jax.experimental
+enable_x64: Callable[[bool], AbstractContextManager[None]] = _home.enable_x64
 
 
 def wide_dtype(*arrays: ArrayLike) -> Any:
