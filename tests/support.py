@@ -14,11 +14,7 @@ from asgd_optax import (
     polynomial_weighting,
     uniform_weighting,
 )
-
-if hasattr(jax, "enable_x64"):
-    enable_x64 = jax.enable_x64
-else:  # jax before 0.8
-    from jax.experimental import enable_x64
+from asgd_optax._numerics import enable_x64
 
 
 def precision_of(dtype):
