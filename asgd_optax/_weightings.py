@@ -93,7 +93,7 @@ def power_weighting(gamma: ArrayLike) -> Weighting:
 
     Examples:
       >>> from asgd_optax import power_weighting
-      >>> [float(power_weighting(1)(n)) for n in (1, 2, 4)]
+      >>> [round(float(power_weighting(1)(n)), 4) for n in (1, 2, 4)]
       [1.0, 0.75, 0.4375]
 
     References:
