@@ -22,11 +22,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import google_benchmark
-import torch
 from tqdm import tqdm
 
 from benchmarks import command_line
+
+with command_line.needs("bench"):
+    import google_benchmark
+    import torch
 
 # The one style of all figures, which says what a colour means.
 STYLE = Path(__file__).parents[1] / "examples" / "style.mplstyle"
