@@ -91,4 +91,5 @@ dist: $(VENV)/.dev  ## Build the wheel and the sdist
 
 .PHONY: clean
 clean:  ## Remove what the targets made
-	rm -rf .venv* build dist out .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv* .nox build dist out *.egg-info
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis

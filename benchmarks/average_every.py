@@ -10,6 +10,7 @@ the other way to write it, which computes the average at every step and throws i
 
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from asgd_optax import average_iterates
+from benchmarks import command_line
 
 SIZE = 2**25
 ROUNDS = 100
@@ -38,7 +40,9 @@ def select_every(every: int) -> optax.GradientTransformation:
     return optax.GradientTransformation(inner.init, update)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Times both trees and prints their tables."""
+    command_line.Parser("What steps cost that do not average.").parse_args(argv)
     sgd = optax.sgd(0.1)
     transformations = {
         "SGD alone": sgd,

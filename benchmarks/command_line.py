@@ -4,11 +4,20 @@
 import argparse
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+
+
+@contextlib.contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """For imports of what an extra brings: ends the program where it is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"this needs {error.name}: pip install '.[{extra}]'") from None
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,14 +44,9 @@ def number(
     return convert
 
 
-# For `type=` of an option that counts, of a rate, and of a step to begin after.
+# For `type=` of an option that counts, and of a rate.
 count = number(int, lambda n: 1 <= n < 2**31, "a whole number, 1 or more, in 32 bits")
 positive = number(float, lambda x: 0 < x < math.inf, "positive and finite")
-start = number(
-    float,
-    lambda s: s == math.inf or (s >= 0 and s.is_integer()),
-    "a whole number, 0 or more, or inf",
-)
 
 
 def count_to(most: int, what: str) -> Callable[[str], Any]:

@@ -7,7 +7,7 @@ The designs of Lee, Liao, Seo & Shin (2022): one pass of SGD over a stream of
 independent observations, one a step, from zero. The d regressors are N(0, I), the
 true coefficients d numbers evenly spaced from 0 to 1; the response is linear with
 noise N(0, 1), or logistic. The step sizes are theirs, c t^-a, and that of the rule in
-the docstring of `track_random_scaling`. Float32.
+`docs/guides/confidence_intervals.md`. Float32.
 
 Every transformation in the chain is elementwise, so the replications are one more axis
 of the parameters. All step sizes see the same data, and two trackers stand in one

@@ -26,6 +26,9 @@ from tqdm import tqdm
 
 from benchmarks import command_line
 
+with command_line.needs("bench"):
+    pass
+
 # The one style of all figures, which says what a colour means.
 STYLE = Path(__file__).parents[1] / "examples" / "style.mplstyle"
 # Of others, before there is one of ours: what it was measured under.

@@ -4,7 +4,7 @@
     python -m benchmarks.online_inference
 
 The streams of `examples/online_inference.py`, a row a c of min(1/d, c t^-0.505). The
-rule in the docstring of `track_random_scaling` is c = 1/2; the loss of these data has
+rule of `docs/guides/confidence_intervals.md` is c = 1/2; the loss of these data has
 little curvature in one direction.
 """
 

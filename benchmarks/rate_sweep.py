@@ -27,12 +27,14 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-import torch
 from matplotlib.ticker import LogLocator
 
 from asgd_optax import ASGDState, asgd, averaged_params
-from benchmarks import harness
+from benchmarks import command_line, harness
 from examples.digits import HIDDEN_UNITS, MAX_GRADIENT_NORM, Data, load_splits
+
+with command_line.needs("bench"):
+    import torch
 
 RATES = (0.01, 5.0)  # the lowest and the highest
 STARTS = np.arange(8) / 8  # of the averaging, in shares of the steps

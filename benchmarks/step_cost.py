@@ -28,13 +28,15 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-import torch
 from matplotlib.patches import Patch
-from torch.optim import swa_utils
 from tqdm import tqdm
 
 from asgd_optax import asgd, average_iterates
-from benchmarks import by_hand, harness
+from benchmarks import by_hand, command_line, harness
+
+with command_line.needs("bench"):
+    import torch
+    from torch.optim import swa_utils
 
 RATE = 1e-4
 BASE = "optax.sgd"

@@ -8,13 +8,15 @@ compiled ahead of time for each topology and is not run. The first table has one
 of half a gigabyte a chip; the second 32 leaves of 64 MiB, their average in host memory.
 """
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from asgd_optax import asgd, average_iterates, nt_asgd, track_random_scaling
-from benchmarks import tpu_compiler
+from benchmarks import command_line, tpu_compiler
 
 TOPOLOGIES = ("v4:2x2x1", "v5e:2x4", "v5p:2x2x1", "v6e:2x2")
 DTYPES = ("float32", "bfloat16")
@@ -49,8 +51,9 @@ def leaf(topology: str, dtype: str, size: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((size * chips.size,), dtype, sharding=sharding)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Prints both tables."""
+    command_line.Parser("Bytes that a step moves on a TPU.").parse_args(argv)
     print(
         "| topology | params | transformation | bytes | between | temporary | kernels |"
     )

@@ -29,14 +29,16 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-import torch
 from matplotlib.patches import Patch
-from torch.nn.functional import cross_entropy
-from torch.optim.swa_utils import AveragedModel
 
 from asgd_optax import asgd, average_iterates, averaged_params
-from benchmarks import by_hand, harness
+from benchmarks import by_hand, command_line, harness
 from examples import digits
+
+with command_line.needs("bench"):
+    import torch
+    from torch.nn.functional import cross_entropy
+    from torch.optim.swa_utils import AveragedModel
 
 RATE = 0.1
 TOLERANCE = 1e-3  # largest difference in an array, over its largest element

@@ -52,7 +52,7 @@ copybutton_prompt_is_regexp = True
 html_theme = "furo"
 pygments_dark_style = "github-dark"  # the theme's own underlines modules as if links
 html_title = "asgd_optax"
-# The second folder is what `make build/static/.mathjax` has fetched.
+# The second folder is what `make mathjax` has fetched.
 html_static_path = ["_static", "../build/static"]
 html_css_files = ["custom.css"]
 mathjax_path = "mathjax/es5/tex-mml-chtml.js"

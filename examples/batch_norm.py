@@ -12,7 +12,7 @@ and the averaged weights with either statistics. The rate is large, so that the
 iterates are far apart. All seeds train at once, under `nnx.vmap`.
 """
 
-import argparse
+from argparse import SUPPRESS, ArgumentParser
 from collections import namedtuple
 from collections.abc import Iterator
 from typing import Any
@@ -143,5 +143,5 @@ def main(rate: float = RATE, *, steps: int = STEPS, seeds: int = SEEDS) -> Resul
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(usage=argparse.SUPPRESS).parse_args()  # no options
+    ArgumentParser(usage=SUPPRESS, description=__doc__.partition("\n")[0]).parse_args()
     main()

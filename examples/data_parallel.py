@@ -17,7 +17,7 @@ finds the others, then `train("jit")` (`benchmarks/data_parallel.py`). On a TPU 
 (`srun --ntasks-per-node=8 --gpus-per-task=1 ...`) this is untested.
 """
 
-import argparse
+from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -145,6 +145,6 @@ def main(steps: int = STEPS) -> dict[str, Outcome]:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(usage=argparse.SUPPRESS).parse_args()  # no options
+    ArgumentParser(usage=SUPPRESS, description=__doc__.partition("\n")[0]).parse_args()
     jax.config.update("jax_num_cpu_devices", 8)
     main()

@@ -8,7 +8,8 @@ around a minimum; its average comes to rest near it. (A rate decayed to zero doe
 well, where the number of steps is known.) All seeds train at once, under `nnx.vmap`.
 """
 
-import argparse
+import io
+from argparse import SUPPRESS, ArgumentParser
 from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,9 +29,8 @@ from asgd_optax import asgd
 from asgd_optax.flax import averaged_model
 
 RATE, STEPS, BATCH_SIZE = 0.6, 4000, 16  # averaging begins after half of the steps
-NOISE = 0.2  # standard deviation; the pixels lie in [0, 1]
-MAX_GRADIENT_NORM, HIDDEN_UNITS = 1.0, 64
-SEEDS, EVALUATE_EVERY, OUTPUT = 10, 40, Path("out/digits.png")
+NOISE, MAX_GRADIENT_NORM = 0.2, 1.0  # noise: its deviation; pixels lie in [0, 1]
+HIDDEN_UNITS, SEEDS, EVALUATE_EVERY, OUTPUT = 64, 10, 40, Path("out/digits.png")
 
 Data = namedtuple("Data", ["images", "labels"])  # of shapes (n, 64) and (n,)
 Scores = namedtuple("Scores", ["loss", "accuracy"])  # the loss is the cross-entropy
@@ -52,11 +52,9 @@ def minibatches(data: Data, size: int, noise: float, seed: int) -> Iterator[Data
     rng = np.random.default_rng(seed)
     while True:
         order = rng.permutation(len(data.labels))
-        for start in range(0, len(order) - size + 1, size):
-            picked = order[start : start + size]
+        for picked in order[: len(order) // size * size].reshape(-1, size):
             errors = rng.standard_normal((size, 64), dtype=np.float32)
-            images = data.images[picked] + np.float32(noise) * errors
-            yield Data(images, data.labels[picked])
+            yield Data(data.images[picked] + noise * errors, data.labels[picked])
 
 
 def score(model: Any, data: Data) -> Scores:
@@ -121,6 +119,7 @@ def draw(results: Results, t0: int, output: Path) -> None:
     axes.set_yticks([0.05, 0.1, 0.2, 0.5], ["0.05", "0.1", "0.2", "0.5"])
     axes.yaxis.set_minor_formatter("")
     axes.legend()
+    output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output)
     plt.close(figure)
 
@@ -139,12 +138,13 @@ def main(output: Path = OUTPUT, *, steps: int = STEPS, seeds: int = SEEDS) -> Re
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)  # an error is one line
+    parser = ArgumentParser(usage=SUPPRESS, description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, default=OUTPUT, help=f"default {OUTPUT}")
     output = parser.parse_args().output
-    try:  # a blank one, to know before the training that it can be saved
+    try:  # now, not after the training; a picture that is there stays as it is
+        plt.savefig(io.BytesIO(), format=output.suffix[1:])
         output.parent.mkdir(parents=True, exist_ok=True)
-        plt.savefig(output)
+        output.open("ab").close()
     except (OSError, ValueError) as error:
         parser.error(f"argument --output: {error}")
     main(output)

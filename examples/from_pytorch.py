@@ -1,21 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """A training begun in PyTorch, taken over here: the same curve, and the same weights.
 
-    pip install '.[examples,torch]'
-    python -m examples.from_pytorch
+    python -m examples.from_pytorch  # after pip install '.[examples,torch]'
 
 `torch.optim.ASGD` learns scikit-learn's digits. From a checkpoint of halfway the same
 network in Flax trains on: one function converts the weights, and the averages too.
 """
 
-import argparse
 import copy
+import io
+from argparse import SUPPRESS, ArgumentParser
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
@@ -58,10 +57,8 @@ def to_params(weights: dict[str, np.ndarray]) -> dict[str, Any]:
     """Torch's weights or averages as Flax's params: channels come after the pixels."""
     conv = weights["conv.weight"].transpose(2, 3, 1, 0)
     linear = weights["linear.weight"].reshape(10, CHANNELS, 8, 8).transpose(2, 3, 1, 0)
-    return {
-        "conv": {"kernel": conv, "bias": weights["conv.bias"]},
-        "linear": {"kernel": linear.reshape(-1, 10), "bias": weights["linear.bias"]},
-    }
+    kernels = {"conv": conv, "linear": linear.reshape(-1, 10)}
+    return {n: {"kernel": k, "bias": weights[f"{n}.bias"]} for n, k in kernels.items()}
 
 
 def train_in_torch(batches: Any) -> list[Any]:
@@ -78,12 +75,10 @@ def train_in_torch(batches: Any) -> list[Any]:
     return checkpoints
 
 
-def move(weights: Any, torch_state: Any) -> tuple[Any, Any]:
-    """Params and optimizer state from a checkpoint of torch."""
-    names = list(weights)  # all of them parameters, in the optimizer's order
+def move(weights: Any, state: Any) -> tuple[Any, Any]:
+    """Params and optimizer state from torch's, all of whose weights are parameters."""
     params = to_params({name: weight.numpy() for name, weight in weights.items()})
-    opt_state = state_from_torch(torch_state, names, to_params)
-    return jax.tree.map(jnp.array, params), opt_state
+    return jax.device_put(params), state_from_torch(state, list(weights), to_params)
 
 
 @jax.jit
@@ -98,10 +93,9 @@ def train_in_jax(batches: Any, checkpoint: Any) -> list[Any]:
     tx = asgd(**dict[str, Any](hyperparams_from_torch(checkpoint[1])))
 
     @jax.jit
-    def train_step(params: Any, opt_state: Any, batch: Any) -> Any:
-        grads = jax.grad(loss)(params, *batch)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
+    def train_step(params: Any, state: Any, batch: Any) -> Any:
+        updates, state = tx.update(jax.grad(loss)(params, *batch), state, params)
+        return optax.apply_updates(params, updates), state
 
     for step, batch in enumerate(tqdm(batches, desc="jax", unit="step"), 1):
         params, opt_state = train_step(params, opt_state, batch)
@@ -122,8 +116,7 @@ def main(output: Path = OUTPUT, dtype: str = "float64", steps: int = STEPS) -> A
         checkpoints = train_in_torch(batches)
         in_jax = train_in_jax(batches[half * EVERY :], checkpoints[half - 1])
         in_torch = [(p, state.ax) for p, state in (move(*c) for c in checkpoints)]
-        held_out = images[:400], labels[:400]
-        evaluate = jax.jit(lambda pair: [loss(p, *held_out) for p in pair])
+        evaluate = jax.jit(lambda ps: [loss(p, images[:400], labels[:400]) for p in ps])
         alone, moved = (np.array(list(map(evaluate, x))) for x in (in_torch, in_jax))
         apart = jax.tree.map(lambda a, b: abs(a - b).max(), in_torch[-1], in_jax[-1])
     largest = [float(max(jax.tree.leaves(tree))) for tree in apart]
@@ -144,7 +137,14 @@ def main(output: Path = OUTPUT, dtype: str = "float64", steps: int = STEPS) -> A
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__)
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="the figure")
+    parser = ArgumentParser(usage=SUPPRESS, description=__doc__.partition("\n")[0])
+    parser.add_argument("--output", type=Path, default=OUTPUT, help=f"default {OUTPUT}")
     parser.add_argument("--dtype", choices=("float64", "float32"), default="float64")
-    main(**vars(parser.parse_args()))
+    options = parser.parse_args()
+    try:  # now, not after the training; a picture that is there stays as it is
+        plt.savefig(io.BytesIO(), format=options.output.suffix[1:])
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.open("ab").close()
+    except (OSError, ValueError) as error:
+        parser.error(f"argument --output: {error}")
+    main(**vars(options))

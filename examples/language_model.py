@@ -3,14 +3,13 @@
 
     python -m examples.language_model
 
-A word-level LSTM learns the texts of Python's own `help()` by SGD at a constant rate.
-`nt_asgd` changes nothing about the iterates; when the validation loss stops improving
-it begins to average them, and the average ends well below them.
+A word-level LSTM learns Python's own `help()` by SGD at a constant rate. `nt_asgd` lets
+the iterates be; once the validation loss stops improving, it averages them.
 """
 
-import argparse
-import functools
+import io
 import re
+from argparse import SUPPRESS, ArgumentParser
 from collections import Counter
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -26,10 +25,9 @@ from tqdm import tqdm
 
 from asgd_optax import averaged_params, nt_asgd
 
-SEED, EPOCHS, HIDDEN, RATE, NONMONO = 0, 30, 128, 30.0, 2
+SEED, EPOCHS, HIDDEN, RATE, NONMONO, CLIP = 0, 30, 128, 30.0, 2, 0.25
 BATCH_SIZE, BPTT = 20, 35  # lines read side by side; words that gradients reach back
-DROPOUT, CLIP, WEIGHT_DECAY = 0.3, 0.25, 1.2e-6
-OUTPUT = Path("out/language_model.png")
+DROPOUT, WEIGHT_DECAY, OUTPUT = 0.3, 1.2e-6, Path("out/language_model.png")
 
 
 def load() -> tuple[int, list[Any]]:
@@ -37,18 +35,16 @@ def load() -> tuple[int, list[Any]]:
     # Without tables, and each paragraph once, or they would be known from training.
     paragraphs = dict.fromkeys(re.split(r"\n\s*\n", "\n\n".join(topics.values())))
     texts = [text for text in paragraphs if not re.search(r"[-=+|]{3}|== ", text)]
-    parts: list[list[str]] = [[], []]
+    parts, windows = [list[str](), list[str]()], list[Any]()
     for i, paragraph in enumerate(texts):  # ten in a row for one part
         parts[i // 10 % 10 == 9] += re.findall(r"\w+|[^\w\s]", paragraph)
     counted = enumerate(Counter(parts[0]).most_common(), 1)
     index = {word: i for i, (word, n) in counted if n >= 3}  # 0: all other words
-    windows = []
     for part in parts:
         text = np.array([index.get(word, 0) for word in part])
-        length = (len(text) - 1) // (BATCH_SIZE * BPTT) * BPTT * BATCH_SIZE
-        arrays = (text, text[1:], np.ones(length, np.float32))  # next words, weights
-        lines = [x[:length].reshape(BATCH_SIZE, -1, BPTT) for x in arrays]
-        windows.append([x.swapaxes(0, 1) for x in lines])
+        n = (len(text) - 1) // (BATCH_SIZE * BPTT) * BPTT * BATCH_SIZE
+        xs = (text, text[1:], np.ones(n, np.float32))  # words, next words, weights
+        windows += [[x[:n].reshape(BATCH_SIZE, -1, BPTT).swapaxes(0, 1) for x in xs]]
     return 1 + len(index), windows
 
 
@@ -60,12 +56,11 @@ class LanguageModel(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: Any, carry: Any = None, training: bool = False) -> Any:
-        """The next words' logits, and what is carried to the next window."""
+        """The next words' logits, and the carry. Dropout has one mask a window."""
         initial = nn.initializers.truncated_normal(0.05)
         embed = nn.Embed(self.words, self.hidden, embedding_init=initial)
         bias = self.param("bias", nn.initializers.zeros, (self.words,))
         lstm = nn.RNN(nn.OptimizedLSTMCell(self.hidden), return_carry=True)
-        # Dropout is locked: one mask for all the times of a window.
         embedded = nn.Dropout(DROPOUT, (1,))(embed(inputs), not training)
         carry, outputs = lstm(embedded, initial_carry=carry)
         outputs = nn.Dropout(DROPOUT, (1,))(outputs, not training)
@@ -90,9 +85,8 @@ def train_epoch(model: Any, tx: Any, text: Any, key: Any, state: Any, loss: Any)
         (params, opt_state, carry), (n, window) = loop, inputs
 
         def mean_loss(params: Any) -> Any:
-            window_key = jax.random.fold_in(key, n)
-            losses, after = model.losses(params, window, carry, window_key)
-            return losses.mean(), after
+            each, new = model.losses(params, window, carry, jax.random.fold_in(key, n))
+            return each.mean(), new
 
         grads, carry = jax.grad(mean_loss, has_aux=True)(params)
         news = jnp.where(n == 0, loss, jnp.nan)  # NaN: no loss has been measured
@@ -117,16 +111,15 @@ def main(output: Path = OUTPUT, epochs: int = EPOCHS, hidden: int = HIDDEN) -> A
     model, key = LanguageModel(words, hidden), jax.random.key(SEED)
     averaging = nt_asgd(RATE, nonmono=NONMONO, weight_decay=WEIGHT_DECAY)
     tx = optax.chain(optax.clip_by_global_norm(CLIP), averaging)
-    train = jax.jit(functools.partial(train_epoch, model, tx, training))
-    measure = jax.jit(functools.partial(mean_cross_entropy, model, validation))
+    train = jax.jit(lambda *args: train_epoch(model, tx, training, *args))
+    measure = jax.jit(lambda params: mean_cross_entropy(model, validation, params))
     params = model.init(key, training[0][0])
     state, loss, curves, began = (params, tx.init(params)), jnp.nan, [], epochs
     for epoch in (bar := tqdm(range(epochs), unit="epoch")):
         params, opt_state = state = train(jax.random.fold_in(key, epoch), state, loss)
-        average = averaged_params(opt_state, params)  # the iterate until it begins
         began = min(began, epoch if opt_state[1].triggered else epochs)
-        loss = measure(params)
-        curves.append(np.exp([loss, measure(average)]))
+        loss = measure(params)  # the average's, too, until it begins
+        curves.append(np.exp([loss, measure(averaged_params(opt_state, params))]))
         bar.set_postfix_str("perplexity {:.1f}, average {:.1f}".format(*curves[-1]))
     print(f"nt_asgd averages after epoch {began} of {epochs}; validation perplexity:")
     print("last iterate {:.2f}, average {:.2f}".format(*curves[-1]))
@@ -145,6 +138,13 @@ def main(output: Path = OUTPUT, epochs: int = EPOCHS, hidden: int = HIDDEN) -> A
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__)
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="the figure")
-    main(parser.parse_args().output)
+    parser = ArgumentParser(usage=SUPPRESS, description=__doc__.partition("\n")[0])
+    parser.add_argument("--output", type=Path, default=OUTPUT, help=f"default {OUTPUT}")
+    output = parser.parse_args().output
+    try:  # now, not after the training; a picture that is there stays as it is
+        plt.savefig(io.BytesIO(), format=output.suffix[1:])
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.open("ab").close()
+    except (OSError, ValueError) as error:
+        parser.error(f"argument --output: {error}")
+    main(output)

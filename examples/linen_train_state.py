@@ -8,12 +8,15 @@ start goes on from the newest checkpoint, and ends in the very bits of a run tha
 nothing interrupted. The average is in the optimizer's state, so it is saved with it.
 """
 
-import argparse
+import contextlib
+import gc
 import hashlib
 import io
 import logging
 import sys
 import tempfile
+import time
+from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,18 +27,18 @@ import optax
 import orbax.checkpoint as ocp
 from flax import linen as nn
 from flax.training.train_state import TrainState
+from orbax.checkpoint import args
 from sklearn.datasets import load_breast_cancer
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
+from tqdm import tqdm, trange
 
 from asgd_optax import asgd, averaged_params
 
-STEPS, SAVE_EVERY = 1000, 100
-BATCH_SIZE, RATE, T0, CLIP, SEED = 8, 0.3, 300, 1.0, 0
+STEPS, SAVE_EVERY, BATCH_SIZE, RATE, T0, CLIP, SEED = 1000, 100, 8, 0.3, 300, 1.0, 0
 NETWORK = nn.Sequential([nn.Dense(16), nn.relu, nn.Dense(2)])
-KEEP = ocp.CheckpointManagerOptions(
-    max_to_keep=2, cleanup_tmp_directories=True, enable_async_checkpointing=False
-)
+KEEP = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
+KEEP.enable_async_checkpointing = False
 
 
 def load_splits() -> Any:
@@ -68,39 +71,37 @@ def bits(tree: Any) -> bytes:
     return b"".join(f"{x.dtype}{x.shape}".encode() + x.tobytes() for x in arrays)
 
 
-def attempt(what: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def attempt(what: str, function: Callable[..., Any], *given: Any, **named: Any) -> Any:
     """Calls a function that reads or writes; where it fails, a line says so."""
     # Of errors that Orbax raises its threads log and print much too, some of it later.
     logging.disable(logging.ERROR)
-    stderr, sys.stderr = sys.stderr, io.StringIO()
-    try:
-        result = function(*args, **kwargs)
-    except Exception as error:  # of many kinds
-        why = " ".join(str(error).split()).split(" [")[0]
-        print(f"cannot {what}: {why}", file=stderr)
-        sys.exit(1)
-    sys.stderr = stderr
-    return result
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.ExitStack() as stack:
+        stack.callback(logging.disable, logging.NOTSET)
+        try:
+            return function(*given, **named)
+        except Exception as error:  # of many kinds
+            why = " ".join(str(error).split()).split(" [")[0]
+        time.sleep(0.5)  # some of the threads are not Python's, and cannot be joined
+        gc.collect()
+    tqdm.write(f"cannot {what}: {why}", file=sys.stderr)
+    sys.exit(1)
 
 
 def save(manager: ocp.CheckpointManager, step: int, state: Any, run: Any) -> None:
     """Saves a state and, beside it, what run it is of."""
-    run = ocp.args.JsonSave(run | {"sha256": hashlib.sha256(bits(state)).hexdigest()})
-    items = ocp.args.Composite(state=ocp.args.StandardSave(state), run=run)
-    manager.save(step, args=items)
+    run = args.JsonSave(run | {"sha256": hashlib.sha256(bits(state)).hexdigest()})
+    manager.save(step, args=args.Composite(state=args.StandardSave(state), run=run))
 
 
 def resume(manager: ocp.CheckpointManager, fresh: Any, run: Any) -> tuple[int, Any]:
     """The newest whole checkpoint's step and state; 0 and `fresh` if there is none."""
-    step = manager.latest_step()  # Orbax passes over a save that was cut short
-    if step is None:
+    if (step := manager.latest_step()) is None:  # Orbax passes over saves cut short
         return 0, fresh
-    items = ocp.args.Composite(run=ocp.args.JsonRestore())
-    theirs = manager.restore(step, args=items).run
+    theirs = manager.restore(step, args=args.Composite(run=args.JsonRestore())).run
     if other := [name for name in run if theirs.get(name) != run[name]]:
         raise ValueError(f"it was made with another {' and '.join(other)}")
     target = jax.tree.map(ocp.tree.to_shape_dtype_struct, fresh)
-    items = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+    items = args.Composite(state=args.StandardRestore(target))
     state = manager.restore(step, args=items).state
     if hashlib.sha256(bits(state)).hexdigest() != theirs["sha256"]:
         raise ValueError("these are not the bits that were saved")
@@ -109,8 +110,7 @@ def resume(manager: ocp.CheckpointManager, fresh: Any, run: Any) -> tuple[int, A
 
 def main(checkpoint_dir: Path | None = None, steps: int = STEPS) -> dict[str, Any]:
     """Trains with an interruption and without, compares, prints and returns that."""
-    data, test_data = load_splits()
-    key = jax.random.key(SEED)
+    (data, test_data), key = load_splits(), jax.random.key(SEED)
     tx = optax.chain(optax.clip_by_global_norm(CLIP), asgd(RATE, lambd=0.0, t0=T0))
     params = NETWORK.init(key, data[0][:1])["params"]
     fresh = TrainState.create(apply_fn=NETWORK.apply, params=params, tx=tx)
@@ -128,12 +128,12 @@ def main(checkpoint_dir: Path | None = None, steps: int = STEPS) -> dict[str, An
                 start, state = attempt(what, resume, manager, fresh, run)
                 print(f"{'resumed' if start else 'afresh'}: {folder}, step {start}")
                 results["starts"].append(start)
-                for step in range(start + 1, stop + 1):
+                for step in trange(start + 1, stop + 1, disable=None, leave=False):
                     state = train_step(state, key, *data)
                     if step % SAVE_EVERY == 0 or step == stop:
                         attempt(f"save in {folder}", save, manager, step, state, run)
     uninterrupted = fresh
-    for _ in range(int(state.step)):
+    for _ in trange(int(state.step), disable=None, leave=False):
         uninterrupted = train_step(uninterrupted, key, *data)
     results["bitwise"] = bits(state) == bits(uninterrupted)
     print(f"ended in the same bits as an uninterrupted run: {results['bitwise']}")
@@ -145,6 +145,6 @@ def main(checkpoint_dir: Path | None = None, steps: int = STEPS) -> dict[str, An
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__)
+    parser = ArgumentParser(usage=SUPPRESS, description=__doc__.partition("\n")[0])
     parser.add_argument("--checkpoint-dir", type=Path, help="keeps the checkpoints")
     main(parser.parse_args().checkpoint_dir)

@@ -4,14 +4,14 @@
     python -m examples.online_inference
 
 SGD with `track_random_scaling` in its chain gives confidence intervals at any time. The
-stream is scikit-learn's diabetes data, its 442 patients drawn again and again; what it
-is drawn from is the data set, and its intervals, for the data's least-squares
-coefficients, close in on them. The textbook's are for another unknown, the population
-behind the 442; no resampling narrows those. A hundred streams, one `vmap` over one
-`scan`, count how often the intervals hold the truth.
+stream is scikit-learn's diabetes data, its 442 patients drawn again and again; its
+intervals are for these data's least-squares coefficients, and close in on them. The
+textbook's are for another unknown, the population behind the 442; no resampling narrows
+those. A hundred streams, one `vmap` over one `scan`, count how many hold the truth.
 """
 
-import argparse
+import io
+from argparse import SUPPRESS, ArgumentParser
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,8 +30,7 @@ from asgd_optax import ConfidenceInterval, confidence_interval, track_random_sca
 OBSERVATIONS, STREAMS, READINGS = 100_000, 100, 200
 LEVEL, OUTPUT = 0.95, Path("out/online_inference.png")
 # c of the step size min(1/d, c t^-0.505): ten times the rule's, for the blood values s1
-# to s6 nearly determine each other, and in one direction the loss has a hundredth of
-# the curvature of the others.
+# to s6 nearly determine each other: one direction has a hundredth of the curvature.
 RATE = 5.0
 NAMES = load_diabetes().feature_names
 SHOWN = "bmi", "s1"  # along a stream: among the surest, and the least sure
@@ -115,6 +114,7 @@ def draw(study: Study, output: Path) -> None:
     axes["b"].set(xlabel="", title="along the stream")
     truth.set_label("the 442's least squares")
     figure.legend(loc="outside lower center", ncols=2)
+    output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output)
     plt.close(figure)
 
@@ -138,12 +138,13 @@ def main(output: Path = OUTPUT, n: int = OBSERVATIONS, streams: int = STREAMS) -
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)  # an error is one line
+    parser = ArgumentParser(usage=SUPPRESS, description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, default=OUTPUT, help=f"default {OUTPUT}")
     output = parser.parse_args().output
-    try:  # a blank one, to know before the training that it can be saved
+    try:  # now, not after the training; a picture that is there stays as it is
+        plt.savefig(io.BytesIO(), format=output.suffix[1:])
         output.parent.mkdir(parents=True, exist_ok=True)
-        plt.savefig(output)
+        output.open("ab").close()
     except (OSError, ValueError) as error:
         parser.error(f"argument --output: {error}")
     main(output)

@@ -8,11 +8,12 @@ float32 average over 256 chips, compiles `asgd`'s update for them and prints wha
 chip holds and moves, and how fast its memory lets the step be. Nothing is run and no
 TPU is needed: `pip install "jax[tpu]"`, in an environment of its own, brings the
 compiler. What is planned is the optimizer's part of a training step; the gradients
-arrive as the parameters are sharded.
+arrive as the parameters are sharded. What asks the compiler is of this repository's
+`benchmarks`, so that this one lesson runs in a checkout alone.
 """
 
-import argparse
 import math
+from argparse import SUPPRESS, ArgumentParser
 from typing import NamedTuple
 
 import jax
@@ -140,5 +141,5 @@ def main(topology: str = TOPOLOGY, layers: int = LAYERS, apart: bool = False) ->
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(usage=argparse.SUPPRESS).parse_args()  # no options
+    ArgumentParser(usage=SUPPRESS, description=__doc__.partition("\n")[0]).parse_args()
     main()

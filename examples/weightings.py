@@ -10,7 +10,8 @@ needs as many iterates as it looks back over, and keeps their noise. All seeds t
 once, under `jax.vmap`, and a compiled loop leads from one evaluation to the next.
 """
 
-import argparse
+import io
+from argparse import SUPPRESS, ArgumentParser
 from collections import namedtuple
 from functools import partial
 from pathlib import Path
@@ -68,9 +69,7 @@ def train(rate: float, steps: int, seeds: int) -> Results:
         "polynomial": asgd_optax.polynomial_weighting(GAMMA),
         "exponential": asgd_optax.exponential_weighting(DECAY),
     }
-    averages = (
-        (name, asgd_optax.average_iterates(w)) for name, w in weightings.items()
-    )
+    averages = ((n, asgd_optax.average_iterates(w)) for n, w in weightings.items())
     tx = optax.named_chain(("adam", optax.adam(rate)), *averages)
 
     def create(seed: jax.Array) -> Any:
@@ -122,6 +121,7 @@ def draw(results: Results, output: Path) -> None:
     axes.set(yscale="log", title="The same iterates of Adam on digits, mean over seeds")
     axes.set_yticks([0.05, 0.1, 0.2, 0.5, 1], ["0.05", "0.1", "0.2", "0.5", "1"])
     axes.legend(title=f"gamma {GAMMA:g}, decay {DECAY:g}")
+    output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output)
     plt.close(figure)
 
@@ -137,12 +137,13 @@ def main(output: Path = OUTPUT, *, steps: int = STEPS, seeds: int = SEEDS) -> Re
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)  # an error is one line
+    parser = ArgumentParser(usage=SUPPRESS, description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, default=OUTPUT, help=f"default {OUTPUT}")
     output = parser.parse_args().output
-    try:  # a blank one, to know before the training that it can be saved
+    try:  # now, not after the training; a picture that is there stays as it is
+        plt.savefig(io.BytesIO(), format=output.suffix[1:])
         output.parent.mkdir(parents=True, exist_ok=True)
-        plt.savefig(output)
+        output.open("ab").close()
     except (OSError, ValueError) as error:
         parser.error(f"argument --output: {error}")
     main(output)

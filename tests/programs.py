@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of the examples need: how a program refuses, and what it explains."""
+"""What tests of programs need: how one refuses options, and how it explains them."""
 
 import runpy
 import sys
@@ -34,23 +34,24 @@ def assert_explained(main, options, capsys):
         assert "default: " in " ".join(description.split()), option
 
 
-def assert_refuses_outputs(main, folder, capsys):
-    """`--output` must name a figure that can be written; nothing else is touched."""
-    (folder / "file").write_bytes(b"no folder")
-    (folder / "figure.xyz").write_bytes(b"no figure")
-    (folder / "folder.png").mkdir()
-    before = sorted(folder.rglob("*"))
-    for path in (
-        "figure",
-        "figure.xyz",
-        "file/figure.png",
-        "folder.png",
-        f"{'long' * 99}.png",
-    ):
-        argv = ["--output", str(folder / path)]
-        assert "--output" in error_of(main, argv, capsys), path
-        assert sorted(folder.rglob("*")) == before
-        assert (folder / "figure.xyz").read_bytes() == b"no figure"
+def assert_study_options(main, capsys, others=()):
+    """The options of a study, those that most have and others: refused and explained.
+
+    Args:
+      main: the study's, of its arguments.
+      capsys: pytest's.
+      others: pairs of an option and a value that is refused, beside the usual ones.
+    """
+    refused = [
+        *(("--rate", value) for value in ("0", "nan", "fast")),
+        *(("--steps", value) for value in ("0", "1.5", "9" * 20)),
+        *(("--seeds", value) for value in ("1", "9" * 20)),
+        *others,
+    ]
+    for option, value in [*refused, ("--speed", "1")]:
+        line = error_of(main, [f"{option}={value}"], capsys)
+        assert option in line, (option, value)
+    assert_explained(main, dict(refused), capsys)
 
 
 def contents(folder):
@@ -59,6 +60,19 @@ def contents(folder):
         path.relative_to(folder): path.read_bytes() if path.is_file() else None
         for path in folder.rglob("*")
     }
+
+
+def hide(package, monkeypatch):
+    """From now on a package is not installed."""
+
+    class Without:
+        def find_spec(self, name, path=None, target=None):
+            if name == package:
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    # Not None among the modules: SciPy looks for arrays of torch's there.
+    monkeypatch.delitem(sys.modules, package, raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Without(), *sys.meta_path])
 
 
 def command_line_of(lesson, monkeypatch):
@@ -71,15 +85,36 @@ def command_line_of(lesson, monkeypatch):
     return run
 
 
-def assert_lesson_refuses(lesson, folder, monkeypatch, capsys):
-    """One line before the training, and no file is touched, where an option is bad."""
-    run = command_line_of(lesson, monkeypatch)
-    assert "--speed" in error_of(run, ["--speed", "1"], capsys)
+def assert_refuses_outputs(main, folder, capsys, others=()):
+    """`--output` must name a figure that can be written; no file is touched."""
     (folder / "file").write_bytes(b"no folder")
     (folder / "figure.xyz").write_bytes(b"no figure")
     (folder / "folder.png").mkdir()
     before = contents(folder)
-    for path in ("figure.xyz", "file/figure.png", "folder.png", f"{'long' * 99}.png"):
-        argv = ["--output", str(folder / path)]
-        assert "--output" in error_of(run, argv, capsys), path
+    long = f"{'long' * 99}.png"
+    for path in ("figure", "figure.xyz", "file/figure.png", "folder.png", long):
+        argv = [*others, "--output", str(folder / path)]
+        assert "--output" in error_of(main, argv, capsys), path
         assert contents(folder) == before
+
+
+def assert_lesson_refuses(lesson, folder, monkeypatch, capsys):
+    """One line before the training, and no file is touched, where an option is bad.
+
+    Nor is a picture touched by a run that is stopped before it has another.
+    """
+    run = command_line_of(lesson, monkeypatch)
+    picture = folder / "picture.png"
+    picture.write_bytes(b"a picture")
+    argv = ["--output", str(picture)]
+    assert "--speed" in error_of(run, [*argv, "--speed", "1"], capsys)
+    assert_refuses_outputs(run, folder, capsys)
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tqdm.tqdm", stop)
+    monkeypatch.setattr("tqdm.trange", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(argv)
+    assert picture.read_bytes() == b"a picture"

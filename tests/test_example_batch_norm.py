@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`examples/batch_norm.py` shows what it says; `benchmarks/batch_norm.py` varies it."""
+"""`examples/batch_norm.py` shows what it says, and refuses bad options."""
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import batch_norm as study
 from examples import batch_norm
-from tests.programs import assert_explained, command_line_of, error_of
+from tests.programs import command_line_of, error_of
 
 pytestmark = pytest.mark.flax
 
@@ -51,32 +50,3 @@ def test_the_model_goes_on_training_after_the_comparison():
 def test_a_bad_option_is_refused_in_one_line(monkeypatch, capsys):
     run = command_line_of("batch_norm", monkeypatch)
     assert "--speed" in error_of(run, ["--speed", "1"], capsys)
-
-
-def test_the_study_is_the_lesson_at_another_rate(capsys):
-    results = study.main(["--rate", "0.3", "--steps", "10", "--seeds", "2"])
-    lesson = batch_norm.main(0.3, steps=10, seeds=2)
-    np.testing.assert_array_equal(results.updated.loss, lesson.updated.loss)
-    assert "rate 0.3, steps 10, seeds 2" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        ("--rate", "0"),
-        ("--rate", "nan"),
-        ("--rate", "fast"),
-        ("--steps", "0"),
-        ("--steps", "1.5"),
-        ("--steps", "9" * 20),
-        ("--seeds", "1"),
-        ("--seeds", "9" * 20),
-        ("--speed", "1"),
-    ],
-)
-def test_the_study_refuses_a_bad_option_in_one_line(option, value, capsys):
-    assert option in error_of(study.main, [f"{option}={value}"], capsys)
-
-
-def test_the_study_explains_every_option_with_its_default(capsys):
-    assert_explained(study.main, ("--rate", "--steps", "--seeds"), capsys)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`examples/digits.py` shows what it says; `benchmarks/digits.py` varies it."""
+"""`examples/digits.py` shows what it says, and refuses bad options."""
 
 import os
 import subprocess
@@ -8,9 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import digits as study
 from examples import digits
-from tests.programs import EXAMPLES, assert_explained, assert_lesson_refuses, error_of
+from tests.programs import EXAMPLES, assert_lesson_refuses
 
 pytestmark = pytest.mark.flax
 
@@ -67,46 +66,3 @@ def test_it_runs_beside_another_package_called_examples(form, tmp_path):
     )
     assert ended.returncode == 2, ended.stderr
     assert "--output" in ended.stderr
-
-
-def test_the_study_is_the_lesson_at_other_rates_schedules_and_noise(capsys):
-    argv = ["--steps", "40", "--seeds", "3"]
-    low, high = study.main([*argv, "--rate", "0.3", "0.6"])
-    (quiet,) = study.main([*argv, "--schedule", "linear", "--noise", "0"])
-    losses = [run.test["last"].loss for run in (low, high, quiet)]
-    assert len({float(loss) for run in losses for loss in run}) == 9
-    # A seed gives the same whatever else is trained.
-    lesson = digits.train(0.6, 0.2, steps=40, seeds=2).test["last"].loss
-    np.testing.assert_allclose(losses[1][:2], lesson, rtol=1e-4)
-    printed = capsys.readouterr().out
-    for loss in losses:
-        assert f"{loss.mean():.4f} ± {loss.std(ddof=1):.4f}" in printed
-    assert "schedule linear, noise 0, steps 40, seeds 3" in printed
-
-
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        ("--rate", "0"),
-        ("--rate", "-0.1"),
-        ("--rate", "nan"),
-        ("--rate", "inf"),
-        ("--rate", "fast"),
-        ("--schedule", "random"),
-        ("--noise", "-0.1"),
-        ("--noise", "nan"),
-        ("--steps", "39"),
-        ("--steps", "40.5"),
-        ("--steps", str(2**31)),
-        ("--seeds", "1"),
-        ("--seeds", "9" * 20),
-        ("--speed", "1"),
-    ],
-)
-def test_the_study_refuses_a_bad_option_in_one_line(option, value, capsys):
-    assert option in error_of(study.main, [f"{option}={value}"], capsys)
-
-
-def test_the_study_explains_every_option_with_its_default(capsys):
-    options = ("--rate", "--schedule", "--noise", "--steps", "--seeds")
-    assert_explained(study.main, options, capsys)

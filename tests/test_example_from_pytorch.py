@@ -2,16 +2,15 @@
 """`examples/from_pytorch.py` shows what it says, and asks for torch in one line."""
 
 import importlib
-import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+from tests.programs import assert_lesson_refuses, command_line_of, error_of, hide
+
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -63,14 +62,7 @@ def test_the_two_networks_are_one(lesson):
 
 
 def test_without_torch_one_line_says_so(monkeypatch):
-    class Without:
-        def find_spec(self, name, path=None, target=None):
-            if name == "torch":
-                raise ModuleNotFoundError(name)
-
-    # Not None among the modules: SciPy looks for arrays of torch's there.
-    monkeypatch.delitem(sys.modules, "torch", raising=False)
-    monkeypatch.setattr(sys, "meta_path", [Without(), *sys.meta_path])
+    hide("torch", monkeypatch)
     monkeypatch.delitem(sys.modules, "examples.from_pytorch", raising=False)
     with pytest.raises(SystemExit) as ended:
         importlib.import_module("examples.from_pytorch")
@@ -78,13 +70,8 @@ def test_without_torch_one_line_says_so(monkeypatch):
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("option", ["--dtype=float16", "--speed=1"])
-def test_a_bad_option_is_refused_in_one_line(option):
-    pytest.importorskip("torch")
-    command = [sys.executable, "-m", "examples.from_pytorch", option]
-    ended = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert ended.returncode == 2
-    (line,) = ended.stderr.splitlines()
-    assert option.split("=")[0] in line
+@pytest.mark.usefixtures("lesson")
+def test_a_bad_option_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
+    run = command_line_of("from_pytorch", monkeypatch)
+    assert "--dtype" in error_of(run, ["--dtype=float16"], capsys)
+    assert_lesson_refuses("from_pytorch", tmp_path, monkeypatch, capsys)

@@ -31,8 +31,6 @@ ROOT = Path(example.__file__).parents[1]
 def short(monkeypatch):
     monkeypatch.setattr(example, "SAVE_EVERY", 10)
     monkeypatch.setattr(example, "T0", 10)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture
@@ -59,24 +57,24 @@ def saved(finished, tmp_path):
     return shutil.copytree(finished[0], tmp_path / "checkpoints")
 
 
-def refusal(folder, capsys, monkeypatch):
-    """The one line with which a start ends."""
-    # What is written after that line is thrown away with it.
-    with monkeypatch.context() as patched:
-        patched.setattr(sys, "stderr", sys.stderr)
-        line = error_of(lambda _: example.main(folder, STEPS), [], capsys, code=1)
-        gc.collect()
-        assert capsys.readouterr().err == ""
+def refusal(folder, capsys):
+    """The one line with which a start ends; logs and errors are as they were."""
+    stderr, disabled = sys.stderr, logging.root.manager.disable
+    line = error_of(lambda _: example.main(folder, STEPS), [], capsys, code=1)
+    assert (sys.stderr, logging.root.manager.disable) == (stderr, disabled)
+    # Nor does a thread, or what is left of an error, write any more later.
+    gc.collect()
+    assert capsys.readouterr().err == ""
     return line
 
 
 @pytest.fixture
-def assert_refused(capsys, monkeypatch):
+def assert_refused(capsys):
     def refused(folder, *reasons):
         """One line names the folder, and nothing in there has been touched."""
         before = contents(folder)
         # No line on stdout: it neither starts nor goes on.
-        line = refusal(folder, capsys, monkeypatch)
+        line = refusal(folder, capsys)
         for text in (str(folder), *reasons):
             assert text in line
         assert contents(folder) == before
@@ -241,9 +239,9 @@ def test_a_small_file_system(size, finished, tmp_path):
 
 @pytest.mark.parametrize("below", ["file", "file/below"])
 @pytest.mark.usefixtures("no_training")
-def test_a_file_is_no_checkpoint_folder(below, tmp_path, capsys, monkeypatch):
+def test_a_file_is_no_checkpoint_folder(below, tmp_path, capsys):
     (tmp_path / "file").write_text("kept")
-    assert str(tmp_path / below) in refusal(tmp_path / below, capsys, monkeypatch)
+    assert str(tmp_path / below) in refusal(tmp_path / below, capsys)
     assert (tmp_path / "file").read_text() == "kept"
 
 

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`examples/weightings.py` shows what it says; `benchmarks/weightings.py` varies it."""
+"""`examples/weightings.py` shows what it says, and refuses bad options."""
 
 import numpy as np
-import pytest
 
-from benchmarks import weightings as study
 from examples import weightings
-from tests.programs import assert_explained, assert_lesson_refuses, error_of
+from tests.programs import assert_lesson_refuses
 
 AVERAGES = ("uniform", "polynomial", "exponential")
 
@@ -42,40 +40,3 @@ def test_each_weighting_does_what_it_is_for(tmp_path, capsys):
 
 def test_a_bad_option_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
     assert_lesson_refuses("weightings", tmp_path, monkeypatch, capsys)
-
-
-def test_the_study_is_the_lesson_at_another_rate(monkeypatch, capsys):
-    def train(*settings):
-        assert settings == (0.02, 3, 2)
-        losses = {
-            name: np.array([n, n + 0.5]) for n, name in enumerate(weightings.COLORS)
-        }
-        return weightings.Results(None, None, losses)
-
-    monkeypatch.setattr(weightings, "train", train)
-    study.main(["--rate", "0.02", "--steps", "3", "--seeds", "2"])
-    printed = capsys.readouterr().out
-    assert "| uniform      | 1.2500 ± 0.3536 |" in printed
-    assert "rate 0.02, steps 3, seeds 2" in printed
-
-
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        ("--rate", "0"),
-        ("--rate", "nan"),
-        ("--rate", "fast"),
-        ("--steps", "0"),
-        ("--steps", "1.5"),
-        ("--steps", "9" * 20),
-        ("--seeds", "1"),
-        ("--seeds", "9" * 20),
-        ("--speed", "1"),
-    ],
-)
-def test_the_study_refuses_a_bad_option_in_one_line(option, value, capsys):
-    assert option in error_of(study.main, [f"{option}={value}"], capsys)
-
-
-def test_the_study_explains_every_option_with_its_default(capsys):
-    assert_explained(study.main, ("--rate", "--steps", "--seeds"), capsys)

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`benchmarks/command_line.py`, in the programs that no test runs to their end."""
+
+import importlib
+import sys
+
+import pytest
+
+from benchmarks import average_every, tpu_bytes
+from tests.programs import error_of, hide
+
+
+@pytest.mark.parametrize("program", [average_every, tpu_bytes])
+def test_without_options_there_is_help(program, capsys):
+    assert "--speed" in error_of(program.main, ["--speed", "1"], capsys)
+    with pytest.raises(SystemExit) as ended:
+        program.main(["--help"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: ")
+
+
+@pytest.mark.parametrize("missing", ["torch", "google_benchmark"])
+@pytest.mark.parametrize(
+    "name", ["step_cost", "training_loop", "one_pass", "rate_sweep", "tried"]
+)
+def test_without_its_extra_a_benchmark_says_so_in_one_line(missing, name, monkeypatch):
+    if missing == "torch":  # which is imported after the other
+        monkeypatch.setitem(sys.modules, "google_benchmark", sys)
+    hide(missing, monkeypatch)
+    for module in (name, "harness", "step_cost"):
+        monkeypatch.delitem(sys.modules, f"benchmarks.{module}", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(f"benchmarks.{name}")
+    assert ended.value.code == f"this needs {missing}: pip install '.[bench]'"
