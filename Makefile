@@ -35,9 +35,14 @@ $(VENV)-tpu/.test: pyproject.toml
 demo: $(VENV)/.examples  ## Train on the digits, print the table, draw out/digits.png
 	$(BIN)/python -m examples.digits $(ARGS)
 
+# Without those of the benchmarks, whose time a newcomer is spared: `make test-benchmarks`.
 .PHONY: test
 test: $(VENV)/.test  ## Run the tests and doctests
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --ignore-glob='tests/test_benchmark_*' $(ARGS)
+
+.PHONY: test-benchmarks
+test-benchmarks: $(VENV)/.test  ## Run the tests of the benchmarks
+	$(BIN)/python -m pytest -n 2 tests/test_benchmark_*.py $(ARGS)
 
 .PHONY: test-tpu
 test-tpu: $(VENV)-tpu/.test  ## Ask the TPU compiler, without a TPU

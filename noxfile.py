@@ -95,7 +95,8 @@ def alias_tests(session: nox.Session) -> None:
 
 @without_environment
 def bench(session: nox.Session) -> None:
-    """The benchmarks, briefly."""
+    """The benchmarks: their tests, and each of them briefly."""
+    make(session, "test-benchmarks", "ARGS=--no-skips -m 'not torch'")
     make(session, "bench", "ARGS=--quick")
 
 

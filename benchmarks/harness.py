@@ -26,9 +26,6 @@ from tqdm import tqdm
 
 from benchmarks import command_line
 
-with command_line.needs("bench"):
-    pass
-
 # The one style of all figures, which says what a colour means.
 STYLE = Path(__file__).parents[1] / "examples" / "style.mplstyle"
 # Of others, before there is one of ours: what it was measured under.
@@ -67,7 +64,8 @@ def measure(contestants: Mapping[str, Contestant], repetitions: int) -> dict[str
       Exception: what a contestant raised.
     """
     # Here, so that what is to be timed can be tried where it is not installed.
-    import google_benchmark
+    with command_line.needs("bench"):
+        import google_benchmark
 
     errors: list[Exception] = []
     with (
@@ -155,7 +153,8 @@ def choose_torch_threads(trial: Callable[[], Any]) -> dict[int, float]:
       The seconds of a trial, by number of threads.
     """
     # Here, since not every benchmark has torch to compare with.
-    import torch
+    with command_line.needs("bench"):
+        import torch
 
     seconds = {}
     for threads in sorted({1, torch.get_num_threads()}):

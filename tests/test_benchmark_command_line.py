@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from benchmarks import average_every, tpu_bytes
+from benchmarks import average_every, harness, tpu_bytes
 from tests.programs import error_of, hide
 
 
@@ -19,16 +19,23 @@ def test_without_options_there_is_help(program, capsys):
     assert capsys.readouterr().out.startswith("usage: ")
 
 
-@pytest.mark.parametrize("missing", ["torch", "google_benchmark"])
-@pytest.mark.parametrize(
-    "name", ["step_cost", "training_loop", "one_pass", "rate_sweep", "tried"]
-)
-def test_without_its_extra_a_benchmark_says_so_in_one_line(missing, name, monkeypatch):
-    if missing == "torch":  # which is imported after the other
-        monkeypatch.setitem(sys.modules, "google_benchmark", sys)
-    hide(missing, monkeypatch)
-    for module in (name, "harness", "step_cost"):
+@pytest.mark.parametrize("name", ["step_cost", "training_loop", "rate_sweep"])
+def test_without_torch_a_benchmark_says_so_in_one_line(name, monkeypatch):
+    hide("torch", monkeypatch)
+    for module in (name, "step_cost"):
         monkeypatch.delitem(sys.modules, f"benchmarks.{module}", raising=False)
     with pytest.raises(SystemExit) as ended:
         importlib.import_module(f"benchmarks.{name}")
-    assert ended.value.code == f"this needs {missing}: pip install '.[bench]'"
+    assert ended.value.code == "this needs torch: pip install '.[bench]'"
+
+
+def test_without_its_peer_the_harness_says_so_in_one_line(monkeypatch):
+    hide("google_benchmark", monkeypatch)
+    hide("torch", monkeypatch)
+    for call, missing in (
+        (lambda: harness.measure({}, 2), "google_benchmark"),
+        (lambda: harness.choose_torch_threads(lambda: None), "torch"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            call()
+        assert ended.value.code == f"this needs {missing}: pip install '.[bench]'"
