@@ -108,8 +108,7 @@ def running_average(
 
 
 def _is_averaged(leaf: Any) -> bool:
-    dtype = leaf.dtype if isinstance(leaf, jax.Array) else jnp.result_type(leaf)
-    return jnp.issubdtype(dtype, jnp.inexact)
+    return jnp.issubdtype(_checks.array_dtype(leaf), jnp.inexact)
 
 
 def _averaged(tree: Any) -> list[Any]:
