@@ -24,6 +24,8 @@ NEED_FLAX = [
     "asgd_optax/flax.py",
     "asgd_optax/_batch_norm_linen.py",
     "asgd_optax/_batch_norm_nnx.py",
+    "asgd_optax/_orbax_checkpoints.py",
+    "asgd_optax/checkpoints.py",
     "tests/test_checkpoint.py",
     "tests/test_flax.py",
     "tests/test_host_memory.py",

@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parts of Orbax checkpoints: found and compared by metadata, then read alone."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+# What Orbax calls an item that was given no name.
+_UNNAMED = "default"
+
+
+class Kind(NamedTuple):
+    """What a leaf must have in common with that of another checkpoint."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+class Part(NamedTuple):
+    """A part of what lies in a folder, of which metadata alone has been read.
+
+    Attributes:
+      path: the checkpoint's, for messages.
+      folder: of the item: the checkpoint's own, or one in it.
+      keys: of the part in the item's tree.
+      tree: the metadata of the item's leaves in dicts and lists.
+    """
+
+    path: Any
+    folder: Any
+    keys: tuple[str, ...]
+    tree: Any
+
+    def subtree(self) -> Any:
+        return _at(self.tree, self.keys)
+
+    def kinds(self) -> dict[tuple[str, ...], Kind]:
+        """The leaves by their keys below the part's."""
+        leaves = ocp.tree.to_flat_dict(self.subtree())
+        return {keys: _kind_on_disk(leaf) for keys, leaf in leaves.items()}
+
+
+def keys_of(part: str | Sequence[Any] | None) -> tuple[str, ...]:
+    """The keys that `part` names."""
+    if part is None:
+        return ()
+    keys = part.split("/") if isinstance(part, str) else part
+    if not isinstance(keys, list | tuple):
+        raise TypeError(f"part must be a string or a tuple of keys; got {part!r}")
+    return tuple(map(str, keys))
+
+
+def find_part(path: str | os.PathLike[str], keys: tuple[str, ...]) -> Part:
+    """Reads a checkpoint's metadata.
+
+    Raises:
+      FileNotFoundError: nothing is there.
+      ValueError: no checkpoint, an unfinished one, one whose metadata cannot be read,
+        or one without this part. Names the path.
+    """
+    # Orbax wants absolute ones; those with a scheme, as of a bucket, are.
+    where = os.fspath(path)
+    return _find(epath.Path(where if "://" in where else os.path.abspath(where)), keys)
+
+
+def _find(path: Any, keys: tuple[str, ...]) -> Part:
+    if not path.exists():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    if not path.is_dir():
+        raise ValueError(f"{path} is no checkpoint, but a file")
+    if not ocp.utils.is_checkpoint_finalized(path):
+        raise ValueError(f"{path} is unfinished: its save was cut off or goes on")
+    folder, keys = _item(path, keys)
+    try:
+        tree = ocp.PyTreeCheckpointHandler().metadata(folder).tree
+    except Exception as error:
+        raise ValueError(f"{path}: its metadata cannot be read: {error}") from error
+    part = Part(path, folder, keys, tree)
+    for n, key in enumerate(keys):
+        node = _at(tree, keys[:n])
+        names = _names(node)
+        if key not in names:
+            where = "/".join(keys[:n]) or "its tree"
+            there = ", ".join(map(repr, names)) or "nothing below it"
+            raise ValueError(f"{path} has no {key!r} in {where}: there is {there}")
+    return part
+
+
+def check_alike(part: Part, first: Part) -> None:
+    """Raises unless two parts have the same leaves; names path and leaf."""
+    _check_fits(f"{part.path}", part.kinds(), first)
+
+
+def check_target(like: Any, part: Part) -> None:
+    """Raises unless `like` has the leaves that lie on the disk; names the leaf."""
+    leaves = ocp.tree.to_flat_dict(like)
+    kinds = {keys: _kind_in_memory(leaf) for keys, leaf in leaves.items()}
+    _check_fits("like", kinds, part)
+
+
+def read(part: Part, like: Any = None) -> Any:
+    """Reads a part, and no other leaf.
+
+    Args:
+      part: as `find_part` found it.
+      like: what to restore onto, checked already; without it the leaves are NumPy's,
+        but for keys of random numbers.
+
+    Raises:
+      ValueError: it cannot be read; names the path.
+    """
+    leaves = ocp.tree.to_flat_dict(part.subtree())
+    if like is None:
+        arguments = {keys: _on_host(leaf) for keys, leaf in leaves.items()}
+    else:
+        targets = ocp.tree.to_flat_dict(like)
+        arguments = {keys: _onto(targets[keys]) for keys in leaves}
+    if not leaves:
+        return part.subtree() if like is None else like
+
+    def wanted(keys: tuple[str, ...]) -> bool:
+        return keys[: len(part.keys)] == part.keys
+
+    def argument(keys: tuple[str, ...]) -> Any:
+        return arguments[keys[len(part.keys) :]] if wanted(keys) else ocp.RestoreArgs()
+
+    restore = ocp.args.PyTreeRestore(
+        item=_map(part.tree, lambda keys: 0 if wanted(keys) else ocp.PLACEHOLDER),
+        restore_args=_map(part.tree, argument),
+    )
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            restored = checkpointer.restore(part.folder, args=restore)
+    except Exception as error:
+        raise ValueError(f"{part.path} cannot be read: {error}") from error
+    found = _at(restored, part.keys)
+    if like is None:
+        return jax.tree.map(_to_host, found, part.subtree())
+    values = ocp.tree.to_flat_dict(found)
+    placed = {keys: _placed(values[keys], x) for keys, x in targets.items()}
+    return ocp.tree.from_flat_dict(placed, target=like)
+
+
+def write(folder: Path, tree: Any) -> None:
+    """Saves a tree in a folder that is not there yet."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        checkpointer.save(folder, args=ocp.args.PyTreeSave(tree))
+
+
+def steps_of(run: str | os.PathLike[str]) -> dict[int, Path]:
+    """The finished steps in a run's folder, ascending, by whatever names Orbax reads.
+
+    Raises:
+      ValueError: two folders of one step.
+    """
+    steps: dict[int, Path] = {}
+    for path in ocp.utils.checkpoint_steps_paths(os.path.abspath(run)):
+        step = ocp.utils.step_from_checkpoint_name(path.name)
+        if step in steps:
+            raise ValueError(f"{steps[step]} and {path} are the same step")
+        steps[step] = Path(path)
+    return dict(sorted(steps.items()))
+
+
+def _item(path: Any, keys: tuple[str, ...]) -> tuple[Any, tuple[str, ...]]:
+    """The folder with the tree that the first key may name, and the keys in it."""
+    metadata = "_METADATA"
+    if (path / metadata).exists():
+        return path, keys
+    items = sorted(x.name for x in path.iterdir() if (x / metadata).exists())
+    if keys and keys[0] in items and keys[0] != _UNNAMED:
+        return path / keys[0], keys[1:]
+    if not items:
+        raise ValueError(f"{path} is no checkpoint: it has no {metadata} file of Orbax")
+    if len(items) > 1:
+        raise ValueError(
+            f"{path} has several items, {', '.join(map(repr, items))}: the first key of"
+            f" part must be one of them; got {'/'.join(keys) or None!r}"
+        )
+    return path / items[0], keys
+
+
+def _names(node: Any) -> list[str]:
+    if isinstance(node, Mapping):
+        return sorted(map(str, node))
+    return [str(n) for n in range(len(node))] if isinstance(node, list | tuple) else []
+
+
+def _at(tree: Any, keys: tuple[str, ...]) -> Any:
+    for key in keys:
+        if isinstance(tree, Mapping):
+            tree = next(value for name, value in tree.items() if str(name) == key)
+        else:
+            tree = tree[int(key)]
+    return tree
+
+
+def _map(tree: Any, f: Callable[[tuple[str, ...]], Any]) -> Any:
+    """`f` of the keys of every leaf, in their places."""
+    keys = ocp.tree.to_flat_dict(tree)
+    return ocp.tree.from_flat_dict({k: f(k) for k in keys}, target=tree)
+
+
+def _kind_on_disk(leaf: Any) -> Kind:
+    if isinstance(leaf, ocp.metadata.StringMetadata):
+        return Kind((), np.dtype(str))
+    return Kind(tuple(leaf.shape), np.dtype(leaf.dtype))
+
+
+def _kind_in_memory(leaf: Any) -> Kind:
+    if _is_key(leaf):
+        # On the disk lie the integers of a key.
+        leaf = jax.eval_shape(jax.random.key_data, leaf)
+    elif isinstance(leaf, str):
+        return Kind((), np.dtype(str))
+    elif not hasattr(leaf, "dtype"):
+        leaf = np.asarray(leaf)
+    return Kind(tuple(leaf.shape), np.dtype(leaf.dtype))
+
+
+def _check_fits(name: str, kinds: Mapping[tuple[str, ...], Kind], part: Part) -> None:
+    """Raises unless what is called `name` has the leaves of `part`."""
+    others = part.kinds()
+    for keys in [*others, *kinds]:
+        leaf = repr("/".join(part.keys + keys))
+        if keys not in kinds:
+            raise ValueError(f"{name} has no leaf {leaf}, which {part.path} has")
+        if keys not in others:
+            raise ValueError(f"{name} has a leaf {leaf}, which {part.path} has not")
+        for what, here, there in zip(
+            Kind._fields, kinds[keys], others[keys], strict=True
+        ):
+            if here != there:
+                raise ValueError(
+                    f"{name}: {leaf} has {what} {here}, that of {part.path} {there}"
+                )
+
+
+def _is_key(leaf: Any) -> bool:
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def _on_host(leaf: Any) -> ocp.RestoreArgs:
+    if isinstance(leaf, ocp.metadata.StringMetadata):
+        return ocp.RestoreArgs(restore_type=str)
+    if leaf.dtype == np.uint32:
+        # It may be a key of random numbers, which is told when it is restored as one.
+        device = jax.local_devices()[0]
+        return ocp.ArrayRestoreArgs(
+            restore_type=jax.Array, sharding=jax.sharding.SingleDeviceSharding(device)
+        )
+    return ocp.RestoreArgs(restore_type=np.ndarray)
+
+
+def _to_host(value: Any, leaf: Any) -> Any:
+    if isinstance(leaf, ocp.metadata.StringMetadata) or _is_key(value):
+        return value
+    value = np.asarray(value)
+    return value[()] if type(leaf) is ocp.metadata.ScalarMetadata else value
+
+
+def _onto(target: Any) -> ocp.RestoreArgs:
+    if isinstance(target, str):
+        return ocp.RestoreArgs(restore_type=str)
+    sharding = getattr(target, "sharding", None)
+    if sharding is None:
+        return ocp.RestoreArgs(restore_type=np.ndarray)
+    # Shape and dtype are compared already; that of a key is not what lies there.
+    return ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=sharding)
+
+
+def _placed(value: Any, target: Any) -> Any:
+    if _is_key(value) and not _is_key(target):
+        value = jax.random.key_data(value)
+        sharding = getattr(target, "sharding", None)
+        if sharding is None:
+            return np.asarray(value)
+        return jax.device_put(value, sharding)
+    return value
