@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train once at a constant rate; choose the average afterwards, from the checkpoints.
+
+    python -m examples.after_the_run
+
+A small transformer in Flax NNX reads the standard library's sources. Checkpoints hold
+three averages: of them any stretch's mean is made exactly, any width's average nearly.
+"""
+
+import io
+import sysconfig
+import tempfile
+from argparse import SUPPRESS, ArgumentParser
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+from tqdm import tqdm
+
+from asgd_optax import AverageProfile as Profile
+from asgd_optax import average_iterates, combine_averages, posthoc_coefficients
+from asgd_optax import gamma_of_width as gamma
+from asgd_optax import power_weighting as power
+from asgd_optax.checkpoints import average_checkpoints
+
+STEPS, EVERY, RATE, WARMUP = 500, 25, 3e-3, 50  # every: from checkpoint to checkpoint
+LAYERS, WIDTH, HEADS, CONTEXT, BATCH_SIZE, DTYPE = 4, 128, 4, 128, 16, "float32"
+UNIFORM, *POWERS = (f"1/opt_state/{n}/average" for n in (2, 3, 4))  # in a checkpoint
+KEPT = {UNIFORM: None, POWERS[0]: power(gamma(0.05)), POWERS[1]: power(gamma(0.1))}
+TRIED = (0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.13, 0.17, 0.22)  # other widths
+TEXT, OUTPUT = Path(sysconfig.get_path("stdlib")), Path("out/after_the_run.png")
+
+
+def load(folder: Path) -> list[np.ndarray]:
+    """Bytes to train on, to validate with and to test: of ten files 8, 1 and 1."""
+    parts, left_out = [b"", b"", b""], {"site-packages", "test", "tests"}
+    files = (file.relative_to(folder) for file in sorted(folder.rglob("*.py")))
+    for n, file in enumerate(f for f in files if left_out.isdisjoint(f.parts)):
+        parts[max(0, n % 10 - 7)] += (folder / file).read_bytes()
+    return [np.frombuffer(part, np.uint8) for part in parts]
+
+
+def draw_batch(text: np.ndarray, seed: Any) -> np.ndarray:
+    """Pieces of the text, each a byte longer than the context."""
+    starts = np.random.default_rng(seed).integers(len(text) - CONTEXT, size=BATCH_SIZE)
+    return text[starts[:, None] + np.arange(CONTEXT + 1)].astype(np.int32)
+
+
+class Residual(nnx.Sequential):
+    def __call__(self, *inputs: Any, **_: Any) -> Any:
+        return inputs[0] + super().__call__(*inputs)
+
+
+def create(rate: Any, seed: int) -> tuple[nnx.Module, nnx.Optimizer[Any]]:
+    """A decoder of bytes, and its optimizer with the three averages at its end."""
+    options: Any = {"dtype": DTYPE, "rngs": nnx.Rngs(seed)}
+    norm = partial(nnx.RMSNorm, WIDTH, **options)
+    attend = partial(jax.nn.dot_product_attention, is_causal=True)
+    heads = {"attention_fn": lambda *qkv, **_: attend(*qkv), "decode": False, **options}
+    layers: list[Any] = [nnx.Embed(256, WIDTH, **options)]
+    places = nnx.Embed(CONTEXT, WIDTH, **options)
+    layers += [Residual(lambda x: jnp.arange(x.shape[1]), places)]
+    for _ in range(LAYERS):
+        attention = nnx.MultiHeadAttention(HEADS, WIDTH, **heads)
+        up = nnx.Linear(WIDTH, 4 * WIDTH, **options)
+        down = nnx.Linear(4 * WIDTH, WIDTH, **options)
+        layers += [Residual(norm(), attention), Residual(norm(), up, nnx.gelu, down)]
+    model = nnx.Sequential(*layers, norm(), nnx.Linear(WIDTH, 256, **options))
+    first = optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.95, weight_decay=0.1)
+    tx = optax.chain(*first, *map(average_iterates, KEPT.values()))
+    return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+
+def loss(model: nnx.Module, batch: jax.Array) -> jax.Array:
+    logits, targets = model(batch[:, :-1]).astype(jnp.float32), batch[:, 1:]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+
+
+@nnx.jit
+def train_step(model: nnx.Module, optimizer: nnx.Optimizer[Any], batch: Any) -> None:
+    optimizer.update(model, nnx.grad(loss)(model, batch))
+
+
+def average(run: Path, target: Profile, like: Any) -> Any:
+    """Another average of the run, of those that its checkpoints hold."""
+    kept = [(UNIFORM, n) for n in (target.start, target.step) if n]  # exactly
+    if target.weighting:  # nearly
+        kept = [(part, n) for part in POWERS for n in range(EVERY, STEPS + 1, EVERY)]
+    profiles = [Profile(n, KEPT[part]) for part, n in kept]
+    read = (average_checkpoints([run / str(n)], part=k, like=like) for k, n in kept)
+    return combine_averages(read, posthoc_coefficients(profiles, target).coefficients)
+
+
+def main(output: Path = OUTPUT) -> Any:
+    """Validation losses: the iterate's, of means by end and start, and by width."""
+    training, validation, _ = load(TEXT)
+    model, optimizer = create(optax.warmup_constant_schedule(0, RATE, WARMUP), seed=0)
+    pieces = np.stack([draw_batch(validation, n) for n in range(16)])
+    score = nnx.jit(lambda model: jax.lax.map(partial(loss, model), pieces).mean())
+    with tempfile.TemporaryDirectory() as run, ocp.CheckpointManager(run) as manager:
+        for n in tqdm(range(1, STEPS + 1), desc="training"):
+            train_step(model, optimizer, draw_batch(training, (0, n)))
+            if n % EVERY == 0:
+                state = nnx.state((model, optimizer))
+                manager.save(n, args=ocp.args.StandardSave(state))
+        manager.wait_until_finished()
+        like, iterate, means = nnx.state(model), float(score(model)), {}
+
+        def tried(*profile: Any) -> float:
+            nnx.update(model, average(Path(run), Profile(*profile), like))
+            return float(score(model))
+
+        for end in tqdm(range(4 * EVERY, STEPS + 1, 4 * EVERY), desc="means"):
+            means[end] = {n: tried(end, None, n) for n in range(0, end, EVERY)}
+        widths = {w: tried(STEPS, power(gamma(w))) for w in tqdm(TRIED, desc="widths")}
+    plt.style.use(Path(__file__).with_name("style.mplstyle"))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), sharey=True)
+    for end, losses in means.items():
+        left.plot(losses.keys(), losses.values(), ".-", label=f"up to step {end}")
+    right.plot(widths.keys(), widths.values(), ".-", color="C1")
+    print(f"Losses at step {STEPS}: iterate {iterate:.3f}, mean {means[STEPS][0]:.3f}")
+    tables = (left, "mean from step", means[STEPS]), (right, "width", widths)
+    for axes, label, losses in tables:
+        axes.axhline(iterate, color="C0", label="last iterate")
+        axes.set(xlabel=label, ylabel="validation loss (nats a byte)")
+        best = min(losses, key=losses.__getitem__)
+        print(f"best {label} {best}: {losses[best]:.3f}")
+    left.legend()
+    figure.savefig(output)
+    return iterate, means, widths
+
+
+if __name__ == "__main__":
+    parser = ArgumentParser(usage=SUPPRESS, description=__doc__.partition("\n")[0])
+    parser.add_argument("--output", type=Path, default=OUTPUT, help=f"default {OUTPUT}")
+    output = parser.parse_args().output
+    try:  # now, not after the training; a picture that is there stays as it is
+        plt.savefig(io.BytesIO(), format=output.suffix[1:])
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.open("ab").close()
+    except (OSError, ValueError) as error:
+        parser.error(f"argument --output: {error}")
+    main(output)
