@@ -472,6 +472,65 @@ def test_functions_of_the_parameters(dtype):
         )
 
 
+def test_a_ratio_of_coefficients():
+    """What the guide says of functions that are not linear.
+
+    The mean of g(p_t) is biased in proportion to the rate, and extrapolation frees it;
+    g of the average is not, and its half-width is that of a linearisation.
+    """
+    n, first, replications = 20_000, 1_000, 300
+    truth, factors = jnp.array([1.0, 2.0]), jnp.array([1.0, 2.0])
+    ratio = lambda w: w[1] / w[0]  # noqa: E731
+    scaling = running_random_scaling()
+
+    def descend(factor, t, w, x, noise):
+        rate = factor * jnp.minimum(1 / 4, t**-0.505)
+        return w - rate * (x @ (w - truth) - noise) * x
+
+    def step(carry, key):
+        t, w = carry
+        *x, noise = jax.random.normal(key, (3,))
+        x = jnp.stack(x)
+        w = jax.vmap(descend, (0, None, 0, None, None))(factors, t, w, x, noise)
+        return (t + 1, w), w
+
+    def run(key):
+        keys = jax.random.split(key, n)
+        carry, early = jax.lax.scan(step, (1.0, jnp.zeros((2, 2))), keys[:first])
+        pilot = early[first // 10 :, 0].mean(axis=0)
+
+        def body(carry, key):
+            run, state = carry
+            run, w = step(run, key)
+            plain = jax.vmap(ratio)(w)
+            slope = jax.jvp(ratio, (pilot,), (w[0],))[1]
+            extrapolated = 2 * plain[0] - plain[1]
+            tree = {"w": w[0], "plain": jnp.append(plain, extrapolated), "slope": slope}
+            return (run, scaling.update(state, tree)), None
+
+        zeros = {"w": jnp.zeros(2), "plain": jnp.zeros(3), "slope": jnp.zeros(())}
+        (_, state), _ = jax.lax.scan(body, (carry, scaling.init(zeros)), keys[first:])
+        return scaling.value(state), scaling.interval(state)
+
+    keys = jax.random.split(jax.random.key(0), replications)
+    value, (lower, upper) = jax.jit(jax.vmap(run))(keys)
+    middle = jnp.column_stack([value["plain"], jax.vmap(ratio)(value["w"])])
+    bias = (middle.mean(axis=0) - 2) / middle.std(axis=0)
+    once, twice, extrapolated, of_average = bias
+    assert once > 0.5
+    assert 1.6 < twice / once < 2.4
+    assert abs(extrapolated) < 0.2
+    assert abs(of_average) < 0.2
+
+    half = (upper["slope"] - lower["slope"]) / 2
+    error = math.sqrt(0.95 * 0.05 / replications)
+    linearised = float(jnp.mean(jnp.abs(middle[:, 3] - 2) <= half))
+    plain = ((lower["plain"] <= 2) & (upper["plain"] >= 2)).mean(axis=0)
+    assert abs(linearised - 0.95) < 3 * error
+    assert abs(plain[2] - 0.95) < 3 * error
+    assert plain[1] < 0.95 - 5 * error
+
+
 @pytest.mark.parametrize("offset", [0.0, 1e3, -1e5])
 def test_a_stream_far_from_zero(offset):
     """As long as that of the numbers that float32 holds there, and as far away."""
