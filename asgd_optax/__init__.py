@@ -17,11 +17,19 @@ from asgd_optax._posthoc_coefficients import (
 )
 from asgd_optax._random_scaling import ConfidenceInterval as ConfidenceInterval
 from asgd_optax._random_scaling import RandomScalingState as RandomScalingState
-from asgd_optax._random_scaling import confidence_interval as confidence_interval
-from asgd_optax._random_scaling import track_random_scaling as track_random_scaling
 from asgd_optax._running_average import RunningAverage as RunningAverage
 from asgd_optax._running_average import RunningAverageState as RunningAverageState
 from asgd_optax._running_average import running_average as running_average
+from asgd_optax._running_random_scaling import (
+    RunningRandomScaling as RunningRandomScaling,
+)
+from asgd_optax._running_random_scaling import (
+    running_random_scaling as running_random_scaling,
+)
+from asgd_optax._track_random_scaling import confidence_interval as confidence_interval
+from asgd_optax._track_random_scaling import (
+    track_random_scaling as track_random_scaling,
+)
 from asgd_optax._weightings import exponential_weighting as exponential_weighting
 from asgd_optax._weightings import gamma_of_width as gamma_of_width
 from asgd_optax._weightings import polynomial_weighting as polynomial_weighting
