@@ -177,22 +177,28 @@ class Study(NamedTuple):
     replications: int
     method: Method
     tried: Sequence[Rate]
-    rule: Rate
     starts: Sequence[int]
+    # The rule's own.
+    rate: Rate
+    start: int
+
+
+def start(design: Design, n: int) -> int:
+    return max(n // BURN_IN, 10 * len(design.coefficients))
 
 
 def one_run(design: Design, n: int, replications: int, *others: Rate) -> Study:
-    rule = Rate(0.5, 0.505, 1 / len(design.coefficients))
-    tried, starts = [*others, rule], [0, n // BURN_IN]
-    return Study(design, n, replications, ONE_RUN, tried, rule, starts)
+    rate, last = Rate(0.5, 0.505, 1 / len(design.coefficients)), start(design, n)
+    tried, starts = [*others, rate], sorted({0, n // BURN_IN, last})
+    return Study(design, n, replications, ONE_RUN, tried, starts, rate, last)
 
 
 def two_runs(design: Design, n: int, replications: int, *others: float) -> Study:
     """The rates are those of the first run, min(cap, c t^-a), the cap the rule's."""
     c = 1 / design.curvature
-    rule = Rate(c, 0.505, c / (2 * len(design.coefficients)))
-    tried = [rule._replace(c=each) for each in sorted({c, *others})]
-    return Study(design, n, replications, EXTRAPOLATED, tried, rule, [n // BURN_IN])
+    rate, last = Rate(c, 0.505, c / (2 * len(design.coefficients))), start(design, n)
+    tried = [rate._replace(c=each) for each in sorted({c, *others})]
+    return Study(design, n, replications, EXTRAPOLATED, tried, [last], rate, last)
 
 
 def sections(n: int, replications: int) -> list[list[Study]]:
@@ -237,7 +243,7 @@ def draw(
 
 def measure(study: Study, seed: int) -> tuple[list[list[Row]], float]:
     """A list of rows for each start, a row for each rate; and the seconds it took."""
-    design, observations, replications, method, tried, _, starts = study
+    design, observations, replications, method, tried, starts, *_ = study
     trackers = [running_random_scaling(start=s) for s in starts]
     multiples = jnp.array(method.multiples)
 
@@ -357,7 +363,7 @@ def format_row(study: Study, rate: Rate, start: int, row: Row, seconds: float) -
     step_size = f"{rate.c:g} t^-{rate.a:g}"
     if np.isfinite(rate.cap):
         step_size = f"min({rate.cap:g}, {step_size})"
-    if start and rate == study.rule:
+    if (rate, start) == (study.rate, study.start):
         step_size = f"**{step_size}**, the rule"
     figures = [
         f"{value:.3f}" if value < 100 else f"{value:.0e}"

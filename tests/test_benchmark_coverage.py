@@ -18,7 +18,7 @@ KINDS = [coverage.linear, coverage.logistic, partial(coverage.quantile, 0.5)]
 @pytest.mark.parametrize("method", [coverage.one_run, coverage.two_runs])
 def test_the_rule_covers(kind, method):
     study = method(kind(5), 20_000, 200)
-    study = study._replace(starts=study.starts[-1:])
+    study = study._replace(starts=[study.start])
     ((row,),), seconds = coverage.measure(study, seed=0)
     # Intervals a third shorter would cover 0.85 of the time: that would be noticed.
     assert 8 * row.error < 0.95 - 0.85
@@ -39,10 +39,12 @@ def test_the_rule_covers(kind, method):
 )
 def test_the_rule_stands_in_bold(study, cell):
     row = coverage.Row(0.95, 0.003, 0.94, 1.3, 1.0, 0.03)
-    line = coverage.format_row(study, study.rule, 200, row, 1.0)
+    line = coverage.format_row(study, study.rate, study.start, row, 1.0)
     assert f"| 20,000 | **{cell}**, the rule | 200 | 0.9500 ± 0.0030 | 0.940 |" in line
+    line = coverage.format_row(study, study.rate, 0, row, 1.0)
+    assert f"| {cell} | 0 |" in line
     other = coverage.Rate(1.0, 0.667)
-    line = coverage.format_row(study, other, 200, row, 1.0)
+    line = coverage.format_row(study, other, study.start, row, 1.0)
     assert "| 1 t^-0.667 | 200 |" in line
 
 
@@ -94,9 +96,9 @@ def test_the_page_has_a_table_under_every_heading(monkeypatch, tmp_path):
         sum(line.startswith("| l") for line in part.splitlines())
         for part in page.split("\n## ")[1:]
     ]
-    assert rows == [2, 2, 2, 2]
+    assert rows == [3, 2, 3, 2]
     # The same design and length see the same stream: the same row again.
-    rules = [line for line in page.splitlines() if "the rule | 10 |" in line]
+    rules = [line for line in page.splitlines() if "the rule | 50 |" in line]
     first, _, again, _ = (line.rsplit("|", 2)[0] for line in rules)
     assert first == again
 
