@@ -97,13 +97,18 @@ def check_accumulator_dtype(accumulator_dtype: Any) -> None:
         )
 
 
-def check_state(state: Any, kind: type) -> None:
-    """Raises unless `state` is of the kind that a transformation made."""
+def check_kind(state: Any, kind: type) -> None:
+    """Raises unless `state` is of the kind that an `init` made."""
     if not isinstance(state, kind):
         raise TypeError(
             f"state must be the {kind.__name__} that `init` or an earlier `update` of"
             f" this transformation returned; got a {type(state).__name__}"
         )
+
+
+def check_state(state: Any, kind: type) -> None:
+    """Raises unless `state` is of the kind that an `init` made, for one run."""
+    check_kind(state, kind)
     check_scalar("state.step", getattr(state, "step", None))
 
 

@@ -128,8 +128,10 @@ def intervals(state: RandomScalingState, level: float) -> ConfidenceInterval:
         # What is near the smallest number there is has lost terms that fell below.
         lost = (distance != 0) & (square < 1024 * jnp.finfo(square.dtype).tiny)
         lost = lost | ~jnp.isfinite(square)
-        half = critical * jnp.sqrt(factor * square)
-        return jnp.where((n < 2) | lost, jnp.nan, half)
+        # Selected first, or the derivative at 0 would be NaN.
+        still = square == 0
+        root = jnp.where(still, 0, jnp.sqrt(jnp.where(still, 1, factor * square)))
+        return jnp.where((n < 2) | lost, jnp.nan, critical * root)
 
     checked_trees(state)
     average, center = state.average, state.center

@@ -96,11 +96,11 @@ def running_random_scaling(*, start: ArrayLike = 0) -> RunningRandomScaling:
         return _random_scaling.update_scaling(state, tree, start)
 
     def value(state: RandomScalingState) -> Any:
-        _checks.check_state(state, RandomScalingState)
+        _checks.check_kind(state, RandomScalingState)
         return state.average.value
 
     def interval(state: RandomScalingState, level: float = 0.95) -> ConfidenceInterval:
-        _checks.check_state(state, RandomScalingState)
+        _checks.check_kind(state, RandomScalingState)
         return _random_scaling.intervals(state, level)
 
     return RunningRandomScaling(init, update, value, interval)

@@ -8,17 +8,27 @@ from benchmarks import online_inference
 from tests.programs import assert_explained, error_of
 
 
-def test_a_small_step_covers_less(capsys):
-    """In the direction of little curvature it has not come far enough."""
-    options = ["--observations", "10000", "--rate", "0.5", "5"]
+def test_a_larger_step_is_biased_and_extrapolation_is_not(capsys):
+    options = ["--observations", "20000", "--streams", "100", "--rate", "2", "10"]
     small, large = online_inference.main(options)
-    assert small.covered().shape == large.covered().shape == (100, 10)
-    shares = [study.covered().mean(axis=1) for study in (small, large)]
-    error = np.hypot(*(np.std(share) / 10 for share in shares))
-    assert np.mean(shares[1]) - np.mean(shares[0]) > 4 * error
-    printed = capsys.readouterr().out
-    for c, share in zip(("0.5", "5"), shares, strict=True):
-        assert f"| {c:4} | {100 * np.mean(share):.1f} ± " in printed
+    assert small.covered.shape == large.covered.shape == (100, 2, 5)
+    lines = capsys.readouterr().out.splitlines()[2:]
+    biases, rows = {}, iter(lines)
+    for c, study in (("2", small), ("10", large)):
+        lower, upper = (ends[-1] for ends in study.intervals)
+        middle = (lower + upper) / 2
+        for k, estimate in enumerate(("one rate", "two rates")):
+            bias = (middle[:, k].mean(axis=0) - study.truth) / middle[:, k].std(axis=0)
+            biases[c, estimate] = np.sqrt(np.mean(bias**2))
+            share = 100 * study.covered[:, k].mean()
+            row = next(rows)
+            assert row.startswith(f"| {c:3} | {estimate:9} | {share:.1f} ± ")
+            assert f" | {biases[c, estimate]:.2f} | " in row
+    assert biases["10", "one rate"] > 2 * biases["2", "one rate"]
+    assert biases["10", "two rates"] < 0.4 * biases["10", "one rate"]
+    shares = large.covered.mean(axis=2)
+    error = np.hypot(*shares.std(axis=0)) / np.sqrt(100)
+    assert np.subtract(*shares.mean(axis=0)[::-1]) > 4 * error
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from asgd_optax import (
     nt_asgd,
     polynomial_weighting,
     running_average,
+    running_random_scaling,
     track_random_scaling,
 )
 from asgd_optax import confidence_interval as intervals
@@ -172,8 +173,9 @@ def test_types_too_narrow_to_train_in(dtype):
             tx.init(narrow)
         with pytest.raises(TypeError, match=rf"^updates\['b'\] is {dtype}: keep"):
             tx.update(narrow, tx.init(wide), wide)
-    with pytest.raises(TypeError, match=rf"^tree\['b'\] is {dtype}"):
-        running_average().init(narrow)
+    for running in (running_average(), running_random_scaling()):
+        with pytest.raises(TypeError, match=rf"^tree\['b'\] is {dtype}"):
+            running.init(narrow)
     with pytest.raises(ValueError, match="floating dtype of 16 bits or more"):
         asgd(accumulator_dtype=dtype)
 

@@ -24,7 +24,7 @@ FIELDS = ("ax", "average")
 each_row = pytest.mark.parametrize(
     "row",
     # Its arrays are no average alone: they are read outside of the averaging.
-    [row for row in ROWS if row.name != "random-scaling"],
+    [row for row in ROWS if not row.name.endswith("random-scaling")],
     ids=lambda row: row.name,
 )
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`track_random_scaling` and `confidence_interval`: sums, tails, coverage, errors."""
+"""Random scaling, in a chain and of a stream: sums, tails, coverage, errors."""
 
 import functools
 import itertools
@@ -19,11 +19,12 @@ from asgd_optax import (
     average_iterates,
     averaged_params,
     confidence_interval,
+    running_random_scaling,
     track_random_scaling,
 )
 from asgd_optax._averaging import init_mean, update_mean
 from tests import reference
-from tests.support import bits, precision_of, random_tree
+from tests.support import bits, enable_x64, precision_of, random_tree, train_step
 
 # Abadir & Paruolo (1997), Table I, as Lee et al. (2022) quote it.
 PUBLISHED = {0.80: 3.875, 0.90: 5.323, 0.95: 6.747, 0.98: 8.613}
@@ -49,6 +50,22 @@ def track(iterates, **options):
         return tx.update(x, state, zero)[1], None
 
     return jax.jit(lambda xs: jax.lax.scan(body, tx.init(zero), xs)[0])(iterates)
+
+
+def feed(iterates, **options):
+    """The state of a stream after each of the iterates."""
+    scaling = running_random_scaling(**options)
+
+    def body(state, x):
+        return scaling.update(state, x), None
+
+    zero = scaling.init(jax.tree.map(lambda x: jnp.zeros_like(x[0]), iterates))
+    return jax.jit(lambda xs: jax.lax.scan(body, zero, xs)[0])(iterates)
+
+
+in_a_chain_and_of_a_stream = pytest.mark.parametrize(
+    "follow", [track, feed], ids=["chain", "stream"]
+)
 
 
 @pytest.mark.parametrize("level", PUBLISHED)
@@ -80,13 +97,14 @@ def test_levels_nest():
         assert bool(jnp.all(outer.upper > inner.upper))
 
 
+@in_a_chain_and_of_a_stream
 @pytest.mark.parametrize("start", [0, 1, 7, 38])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
-def test_interval_is_that_of_the_definition(dtype, start):
+def test_interval_is_that_of_the_definition(dtype, start, follow):
     rng = np.random.default_rng(0)
     with precision_of(dtype):
         iterates = jnp.asarray(3 + rng.standard_normal((40, 2, 3)), dtype)
-        lower, upper = confidence_interval(track(iterates, start=start), 0.9)
+        lower, upper = confidence_interval(follow(iterates, start=start), 0.9)
         mean, v = reference.random_scaling(np.asarray(iterates, float)[start:])
         half = PUBLISHED[0.90] * np.sqrt(v / (40 - start))
         wide = "float32" if dtype == "bfloat16" else dtype
@@ -223,6 +241,7 @@ def test_a_million_float32_iterates():
     n = len(iterates)
     _, v = reference.random_scaling(iterates)
     state = track(jnp.asarray(iterates))
+    assert bits(feed(jnp.asarray(iterates))) == bits(state)
     lower, upper = (np.asarray(end, float) for end in confidence_interval(state, 0.9))
     length = 2 * critical_value(0.9) * np.sqrt(v / n)
     np.testing.assert_allclose(upper - lower, length, rtol=1e-3)
@@ -381,3 +400,320 @@ def test_missing_params():
     tx = track_random_scaling()
     with pytest.raises(ValueError, match="^params are missing"):
         tx.update(PARAMS, tx.init(PARAMS))
+
+
+@pytest.mark.parametrize("start", [0, 4])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_a_stream_of_iterates_has_the_trackers_numbers(dtype, start):
+    """Bit for bit: taken in where they are made, and afterwards, by another program."""
+    scaling = running_random_scaling(start=start)
+    tx = optax.chain(optax.sgd(0.1), track_random_scaling(start=start))
+    with precision_of(dtype):
+        rng = np.random.default_rng(0)
+        observations = jnp.asarray(rng.standard_normal((30, 2, 3)), dtype)
+        p = jnp.full((2, 3), 3, dtype)
+        begin = p, tx.init(p), scaling.init(p)
+
+        def step(carry, x):
+            p, state, fed = carry
+            p, state = train_step(tx, p, state, p - x)
+            return (p, state, scaling.update(fed, p)), p
+
+        def by_hand(step, update):
+            carry, fed = begin, begin[2]
+            for x in observations:
+                carry, p = step(carry, x)
+                fed = update(fed, p)
+            return carry, fed
+
+        jitted = by_hand(jax.jit(step), jax.jit(scaling.update))
+        carry, path = jax.jit(lambda c: jax.lax.scan(step, c, observations))(begin)
+        scanned = carry, feed(path, start=start)
+        # Without a jit XLA leaves other products uncontracted.
+        for (_, state, fed), apart in (jitted, scanned, by_hand(step, scaling.update)):
+            assert int(state[1].averaged) == 30 - start
+            assert bits(fed) == bits(apart) == bits(state[1])
+            assert bits(scaling.value(apart)) == bits(averaged_params(state))
+            for level in (0.95, 0.5):
+                found = scaling.interval(apart, level)
+                assert bits(found) == bits(confidence_interval(state, level))
+            assert bits(found) != bits(scaling.interval(apart))
+            assert bool(jnp.all(found.lower < found.upper))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_functions_of_the_parameters(dtype):
+    """As from the whole matrix V: contrasts, predictions, and what is extrapolated."""
+    rng = np.random.default_rng(0)
+    n, d = 400, 4
+    with precision_of(dtype):
+        ar = (
+            np.cumsum(rng.standard_normal((n, d)), axis=0)
+            / np.arange(1, n + 1)[:, None]
+        )
+        iterates = jnp.asarray(2 + ar, dtype)
+        rows = jnp.asarray([[1, -1, 0, 0], [0.5, 0.5, -2, 3], [0, 0, 0, 1]], dtype)
+        state = feed({"rows": jnp.einsum("ij, tj -> ti", rows, iterates)})
+        exact, r = np.asarray(iterates, float), np.asarray(rows, float)
+        averages = np.cumsum(exact, axis=0) / np.arange(1, n + 1)[:, None]
+        steps = np.arange(1, n + 1)[:, None] * (averages - averages[-1])
+        v = steps.T @ steps / n**2
+        assert np.abs(v - np.diag(np.diag(v))).max() > 0.1 * np.diag(v).max()
+        half = PUBLISHED[0.90] * np.sqrt(np.diag(r @ v @ r.T) / n)
+        lower, upper = running_random_scaling().interval(state, 0.9)
+        eps = float(jnp.finfo(dtype).eps)
+        lower, upper = (
+            np.asarray(lower["rows"], float),
+            np.asarray(upper["rows"], float),
+        )
+        np.testing.assert_allclose((upper - lower) / 2, half, rtol=1e-4 + 100 * eps)
+        np.testing.assert_allclose(
+            (upper + lower) / 2, r @ averages[-1], rtol=0, atol=100 * eps
+        )
+
+
+def test_a_ratio_of_coefficients():
+    """What the guide says of functions that are not linear.
+
+    The mean of g(p_t) is biased in proportion to the rate, and extrapolation frees it;
+    g of the average is not, and its half-width is that of a linearisation.
+    """
+    n, first, replications = 20_000, 1_000, 300
+    truth, factors = jnp.array([1.0, 2.0]), jnp.array([1.0, 2.0])
+    ratio = lambda w: w[1] / w[0]  # noqa: E731
+    scaling = running_random_scaling()
+
+    def descend(factor, t, w, x, noise):
+        rate = factor * jnp.minimum(1 / 4, t**-0.505)
+        return w - rate * (x @ (w - truth) - noise) * x
+
+    def step(carry, key):
+        t, w = carry
+        *x, noise = jax.random.normal(key, (3,))
+        x = jnp.stack(x)
+        w = jax.vmap(descend, (0, None, 0, None, None))(factors, t, w, x, noise)
+        return (t + 1, w), w
+
+    def run(key):
+        keys = jax.random.split(key, n)
+        carry, early = jax.lax.scan(step, (1.0, jnp.zeros((2, 2))), keys[:first])
+        pilot = early[first // 10 :, 0].mean(axis=0)
+
+        def body(carry, key):
+            run, state = carry
+            run, w = step(run, key)
+            plain = jax.vmap(ratio)(w)
+            slope = jax.jvp(ratio, (pilot,), (w[0],))[1]
+            extrapolated = 2 * plain[0] - plain[1]
+            tree = {"w": w[0], "plain": jnp.append(plain, extrapolated), "slope": slope}
+            return (run, scaling.update(state, tree)), None
+
+        zeros = {"w": jnp.zeros(2), "plain": jnp.zeros(3), "slope": jnp.zeros(())}
+        (_, state), _ = jax.lax.scan(body, (carry, scaling.init(zeros)), keys[first:])
+        return scaling.value(state), scaling.interval(state)
+
+    keys = jax.random.split(jax.random.key(0), replications)
+    value, (lower, upper) = jax.jit(jax.vmap(run))(keys)
+    middle = jnp.column_stack([value["plain"], jax.vmap(ratio)(value["w"])])
+    bias = (middle.mean(axis=0) - 2) / middle.std(axis=0)
+    once, twice, extrapolated, of_average = bias
+    assert once > 0.5
+    assert 1.6 < twice / once < 2.4
+    assert abs(extrapolated) < 0.2
+    assert abs(of_average) < 0.2
+
+    half = (upper["slope"] - lower["slope"]) / 2
+    error = math.sqrt(0.95 * 0.05 / replications)
+    linearised = float(jnp.mean(jnp.abs(middle[:, 3] - 2) <= half))
+    plain = ((lower["plain"] <= 2) & (upper["plain"] >= 2)).mean(axis=0)
+    assert abs(linearised - 0.95) < 3 * error
+    assert abs(plain[2] - 0.95) < 3 * error
+    assert plain[1] < 0.95 - 5 * error
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3, -1e5])
+def test_a_stream_far_from_zero(offset):
+    """As long as that of the numbers that float32 holds there, and as far away."""
+    noise = drift(10_000, 4) - 1
+    stream = np.float32(offset) + noise
+    mean, v = reference.random_scaling(stream)
+    state = feed(jnp.asarray(stream))
+    half = PUBLISHED[0.90] * np.sqrt(v / len(stream))
+    lower, upper = (np.asarray(end, float) for end in confidence_interval(state, 0.9))
+    spacing = np.spacing(np.float32(abs(offset) + 1))
+    np.testing.assert_allclose((upper - lower) / 2, half, rtol=1e-3, atol=spacing)
+    np.testing.assert_allclose((upper + lower) / 2, mean, rtol=0, atol=2 * spacing)
+
+
+def test_the_tree_of_init_leaves_no_trace():
+    iterates = jnp.asarray(np.random.default_rng(0).standard_normal((9, 3)), "float32")
+    scaling = running_random_scaling()
+    states = []
+    for value in (0.0, 1e30, jnp.inf, jnp.nan):
+        state = scaling.init(jnp.full(3, value))
+        np.testing.assert_array_equal(scaling.value(state), jnp.full(3, value))
+        for x in iterates:
+            state = scaling.update(state, x)
+        states.append(state)
+    for state in states[1:]:
+        assert bits(state) == bits(states[0])
+    assert int(states[0].step) == 9
+
+
+def test_a_stream_of_few():
+    """NaN until two are averaged; until the first the mean is the latest."""
+    scaling = running_random_scaling(start=2)
+    state = scaling.init({"x": jnp.zeros(2), "none": None})
+    for n in range(1, 6):
+        state = scaling.update(state, {"x": jnp.full(2, float(n)), "none": None})
+        value = scaling.value(state)
+        assert value["none"] is None
+        np.testing.assert_array_equal(value["x"], n if n < 4 else (n + 3) / 2)
+        for end in scaling.interval(state):
+            assert end["none"] is None
+            assert bool(jnp.isfinite(end["x"]).all()) == (n >= 4)
+    never = feed(jnp.ones((5, 2)), start=math.inf)
+    assert np.isnan(running_random_scaling().interval(never)).all()
+
+
+def test_streams_at_once_equal_one_by_one():
+    """Over streams and over starts; a start may be traced."""
+    streams = jnp.asarray(np.random.default_rng(0).standard_normal((3, 20, 2)))
+
+    def run(start, stream):
+        scaling = running_random_scaling(start=start)
+        body = lambda state, x: (scaling.update(state, x), None)  # noqa: E731
+        return jax.lax.scan(body, scaling.init(stream[0]), stream)[0]
+
+    starts = [0, 5, 18]
+    states = jax.jit(jax.vmap(run))(jnp.array(starts), streams)
+    found = running_random_scaling().interval(states)
+    for i, start in enumerate(starts):
+        one = feed(streams[i], start=start)
+        assert int(states.averaged[i]) == int(one.averaged) == 20 - start
+        ends = jax.tree.map(lambda x, i=i: x[i], found)
+        chex.assert_trees_all_close(ends, confidence_interval(one), rtol=1e-5)
+
+
+def test_numbers_that_are_no_jax_arrays():
+    """NumPy's and Python's own, with a jit and without; under x64 too."""
+    for wide in (False, True):
+        with enable_x64(wide):
+            scaling = running_random_scaling()
+            trees = [{"a": float(n), "b": np.full(2, n, "float32")} for n in (1, 2, 6)]
+            for update in (scaling.update, jax.jit(scaling.update)):
+                state = scaling.init(trees[0])
+                for tree in trees:
+                    state = update(state, tree)
+                value = scaling.value(state)
+                assert value["a"].dtype == ("float64" if wide else "float32")
+                assert value["b"].dtype == jnp.float32
+                np.testing.assert_allclose(value["b"], 3, rtol=1e-6)
+                # A Python number is as precise as what it is averaged into.
+                narrow = scaling.update(scaling.init(jnp.float32(0)), 1.5)
+                assert scaling.value(narrow).dtype == jnp.float32
+
+
+def test_a_stream_and_its_state_can_be_donated_together():
+    scaling = running_random_scaling()
+    tree = {"w": jnp.ones(2), "b": jnp.zeros(())}
+    state = scaling.init(tree)
+    jax.tree.map(lambda x: x.delete(), tree)
+    new = {"w": jnp.full(2, 3.0), "b": jnp.ones(())}
+    expected = bits(jax.jit(scaling.update)(state, new))
+    assert bits(jax.jit(scaling.update, donate_argnums=0)(state, new)) == expected
+    assert all(x.is_deleted() for x in jax.tree.leaves(state) if x.ndim)
+
+
+def test_derivatives_of_an_interval():
+    """Those of finite differences; finite where a stream stands still."""
+
+    def length(scaling, stream):
+        state = scaling.init(stream[0])
+        for x in stream:
+            state = scaling.update(state, x)
+        lower, upper = scaling.interval(state)
+        return jnp.sum(jnp.sin(upper) - jnp.cos(lower))
+
+    with enable_x64(True):
+        scaling, h = running_random_scaling(start=1), 1e-6
+        stream = jnp.asarray(np.random.default_rng(0).standard_normal((6, 2)))
+        loss = functools.partial(length, scaling)
+        exact = jax.jit(jax.grad(loss))(stream)
+        for at in np.ndindex(stream.shape):
+            step = jnp.zeros_like(stream).at[at].set(h)
+            numeric = (loss(stream + step) - loss(stream - step)) / (2 * h)
+            np.testing.assert_allclose(exact[at], numeric, rtol=1e-6, atol=1e-8)
+        assert np.isfinite(jax.grad(loss)(jnp.ones((6, 2)))).all()
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "int32", "bool", "float8_e4m3fn"])
+def test_a_stream_that_has_no_interval(dtype):
+    scaling, good = running_random_scaling(), {"w": jnp.ones(2), "b": [jnp.ones(2)]}
+    bad = {"w": jnp.ones(2), "b": [jnp.ones(2).astype(dtype)]}
+    with pytest.raises(TypeError, match=rf"^tree\['b'\]\[0\] is {dtype}"):
+        scaling.init(bad)
+    for update in (scaling.update, jax.jit(scaling.update)):
+        with pytest.raises(TypeError, match=rf"^tree\['b'\]\[0\] is {dtype}"):
+            update(scaling.init(good), bad)
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"a": jnp.ones(3)}, r"^tree\['a'\] has shape \(3,\), .*\(2,\)"),
+        ({"a": 1.0}, r"^tree\['a'\] has shape \(\), .*\(2,\)"),
+        ({"b": jnp.ones(2)}, r"^tree and .* differ.*: tree has no leaf \['a'\]"),
+        ({"a": jnp.ones(2), "b": 1.0}, r"differ.*value has no leaf \['b'\]"),
+        ({"a": None}, r"differ.*tree\['a'\] is a NoneType"),
+        ({"a": "text"}, r"differ.*tree\['a'\] is a str"),
+        (None, "^tree and .* differ in structure"),
+    ],
+)
+def test_a_stream_that_changes(tree, message):
+    scaling = running_random_scaling()
+    state = scaling.init({"a": jnp.ones(2)})
+    with pytest.raises(ValueError, match=message):
+        scaling.update(state, tree)
+
+
+@pytest.mark.parametrize(
+    ("first", "then"), [("float32", "float64"), ("float64", "float32")]
+)
+def test_a_stream_that_changes_its_precision(first, then):
+    scaling = running_random_scaling()
+    message = rf"^tree\['a'\] is {then}, state\.average\.value\['a'\] {first}"
+    with enable_x64(True):
+        state = scaling.init({"a": jnp.ones(2, first)})
+        for new in (jnp.ones(2, then), np.ones(2, then)):
+            with pytest.raises(ValueError, match=message):
+                scaling.update(state, {"a": new})
+        # Of 16 bits or of 32, both are kept in float32.
+        mixed = scaling.init({"a": jnp.ones(2, "bfloat16")})
+        scaling.update(mixed, {"a": jnp.ones(2, "float32")})
+
+
+@pytest.mark.parametrize("start", [-1, 0.5, math.nan])
+def test_start_of_a_stream(start):
+    with pytest.raises(ValueError, match="^start must"):
+        running_random_scaling(start=start)
+
+
+@pytest.mark.parametrize("level", [0, 1, -0.5, 95, math.nan, math.inf])
+def test_a_level_of_a_stream(level):
+    scaling = running_random_scaling()
+    state = scaling.init(jnp.ones(2))
+    with pytest.raises(ValueError, match="^level must be between 0 and 1"):
+        scaling.interval(state, level)
+    with pytest.raises(ValueError, match="^level must be a concrete number"):
+        jax.jit(lambda level: scaling.interval(state, level))(0.9)
+
+
+def test_a_stream_of_another_state():
+    scaling = running_random_scaling()
+    for call in (lambda s: scaling.update(s, PARAMS), scaling.value, scaling.interval):
+        for state in (None, PARAMS, (scaling.init(PARAMS),)):
+            with pytest.raises(
+                TypeError, match="^state must be the RandomScalingState"
+            ):
+                call(state)

@@ -13,6 +13,7 @@ from asgd_optax import (
     nt_asgd,
     polynomial_weighting,
     power_weighting,
+    running_random_scaling,
     track_random_scaling,
     uniform_weighting,
 )
@@ -108,6 +109,17 @@ def _random_scaling(learning_rate, start=1):
     return optax.chain(optax.sgd(learning_rate), track_random_scaling(start=start))
 
 
+def _running_random_scaling(learning_rate, start=1):
+    """Fed the iterates, in a chain: what takes a stream passes the same battery."""
+    scaling = running_random_scaling(start=start)
+
+    def update(updates, state, params=None, **extra):
+        return updates, scaling.update(state, optax.apply_updates(params, updates))
+
+    feed = optax.GradientTransformationExtraArgs(scaling.init, update)
+    return optax.chain(optax.sgd(learning_rate), feed)
+
+
 _NT_ASGD = {name: v for name, v in _ASGD.items() if name != "t0"}
 
 ROWS = [
@@ -130,6 +142,14 @@ ROWS = [
     Row(
         "random-scaling",
         _random_scaling,
+        {"learning_rate": 0.3},
+        {},
+        arrays=5,
+        complex=False,
+    ),
+    Row(
+        "running-random-scaling",
+        _running_random_scaling,
         {"learning_rate": 0.3},
         {},
         arrays=5,
