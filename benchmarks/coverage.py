@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How often the intervals of `track_random_scaling` hold the truth.
+"""How often the intervals of random scaling hold the truth.
 
     python -m benchmarks.coverage --output benchmarks/coverage.md
 
 The designs of Lee, Liao, Seo & Shin (2022): one pass of SGD over a stream of
 independent observations, one a step, from zero. The d regressors are N(0, I), the
 true coefficients d numbers evenly spaced from 0 to 1; the response is linear with
-noise N(0, 1), or logistic. The step sizes are theirs, c t^-a, and that of the rule in
-`docs/guides/confidence_intervals.md`. Float32.
+noise N(0, 1), or logistic. For quantile regression (2022b) the first regressor is an
+intercept, and the noise that of the linear design. The step sizes are theirs, c t^-a,
+and those of the rules in `docs/guides/confidence_intervals.md`: of one run, and of two
+on the same observations, the second at twice the rate of the first, extrapolated.
+Float32.
 
 Every transformation in the chain is elementwise, so the replications are one more axis
 of the parameters. All step sizes see the same data, and two trackers stand in one
@@ -17,9 +20,10 @@ chain, one that averages from the first iterate on and one after a burn-in.
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +32,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from asgd_optax import averaged_params, confidence_interval, track_random_scaling
+from asgd_optax import averaged_params, confidence_interval, running_random_scaling
 from benchmarks import command_line
 
 CHUNK = 100  # observations drawn at once
@@ -40,9 +44,14 @@ class Design(NamedTuple):
 
     name: str
     loss: Callable[[jax.Array, jax.Array], jax.Array]
+    # Of a key and the regressors times the coefficients.
+    response: Callable[[jax.Array, jax.Array], jax.Array]
     coefficients: np.ndarray
     # The diagonal of H^-1 S H^-1: n times the least asymptotic variance.
     bounds: np.ndarray
+    # At least the second derivative, by the prediction, of the expected loss.
+    curvature: float
+    intercept: bool = False
 
     @property
     def title(self) -> str:
@@ -55,6 +64,26 @@ class Rate(NamedTuple):
     c: float
     a: float
     cap: float = np.inf
+
+    def __call__(self, step: jax.Array) -> jax.Array:
+        return jnp.minimum(self.cap, self.c * (1.0 + step) ** -self.a)
+
+
+class Method(NamedTuple):
+    """Runs on the same observations, and what the intervals are made of.
+
+    Attributes:
+      multiples: what each run multiplies the step size by.
+      weights: of the runs' iterates in their sum.
+    """
+
+    multiples: tuple[int, ...]
+    weights: tuple[int, ...]
+
+
+ONE_RUN = Method((1,), (1,))
+# Without what is proportional to the rate: Richardson's extrapolation.
+EXTRAPOLATED = Method((1, 2), (2, -1))
 
 
 class Row(NamedTuple):
@@ -88,8 +117,17 @@ def logistic_loss(prediction: jax.Array, y: jax.Array) -> jax.Array:
     return jax.nn.softplus(prediction) - y * prediction
 
 
+def linear_response(key: jax.Array, signal: jax.Array) -> jax.Array:
+    return signal + jax.random.normal(key, signal.shape)
+
+
+def logistic_response(key: jax.Array, signal: jax.Array) -> jax.Array:
+    return (signal > jax.random.logistic(key, signal.shape)).astype(signal.dtype)
+
+
 def linear(d: int) -> Design:
-    return Design("linear", linear_loss, np.linspace(0, 1, d), np.ones(d))
+    b = np.linspace(0, 1, d)
+    return Design("linear", linear_loss, linear_response, b, np.ones(d), 1.0)
 
 
 def logistic(d: int) -> Design:
@@ -105,13 +143,89 @@ def logistic(d: int) -> Design:
     along, across = np.sum(weights * u**2), np.sum(weights)
     squares = b**2 / np.sum(b**2)
     bounds = squares / along + (1 - squares) / across
-    return Design("logistic", logistic_loss, b, bounds)
+    return Design("logistic", logistic_loss, logistic_response, b, bounds, 1 / 4)
 
 
-def rates(d: int) -> list[Rate]:
-    """The paper's step sizes, and last the rule's: E|x|^2 is d."""
-    paper = [Rate(c, a) for a in (0.505, 0.667) for c in (0.5, 1.0)]
-    return [*paper, Rate(0.5, 0.505, 1 / d)]
+def quantile(tau: float, d: int) -> Design:
+    """With H = f I and S = tau (1 - tau) I, f the noise's density at its quantile.
+
+    The noise is shifted to a quantile of 0: all of it is in the intercept.
+    """
+    noise = NormalDist()
+    shift = noise.inv_cdf(tau)
+
+    def loss(prediction: jax.Array, y: jax.Array) -> jax.Array:
+        """Its derivative is 1{y <= prediction} - tau."""
+        above, below = tau * (y - prediction), (1 - tau) * (prediction - y)
+        return jnp.where(y <= prediction, below, above)
+
+    def response(key: jax.Array, signal: jax.Array) -> jax.Array:
+        return linear_response(key, signal) - shift
+
+    coefficients = np.linspace(0, 1, d)
+    coefficients[0] += shift
+    bounds = np.full(d, tau * (1 - tau) / noise.pdf(shift) ** 2)
+    name = f"quantile {tau:g}"
+    return Design(name, loss, response, coefficients, bounds, 0.5, intercept=True)
+
+
+class Study(NamedTuple):
+    """Step sizes tried on one stream of data, the rule's among them."""
+
+    design: Design
+    observations: int
+    replications: int
+    method: Method
+    tried: Sequence[Rate]
+    starts: Sequence[int]
+    # The rule's own.
+    rate: Rate
+    start: int
+
+
+def start(design: Design, n: int) -> int:
+    return max(n // BURN_IN, 10 * len(design.coefficients))
+
+
+def one_run(design: Design, n: int, replications: int, *others: Rate) -> Study:
+    rate, last = Rate(0.5, 0.505, 1 / len(design.coefficients)), start(design, n)
+    tried, starts = [*others, rate], sorted({0, n // BURN_IN, last})
+    return Study(design, n, replications, ONE_RUN, tried, starts, rate, last)
+
+
+def two_runs(design: Design, n: int, replications: int, *others: float) -> Study:
+    """The rates are those of the first run, min(cap, c t^-a), the cap the rule's."""
+    c = 1 / design.curvature
+    rate, last = Rate(c, 0.505, c / (2 * len(design.coefficients))), start(design, n)
+    tried = [rate._replace(c=each) for each in sorted({c, *others})]
+    return Study(design, n, replications, EXTRAPOLATED, tried, [last], rate, last)
+
+
+def sections(n: int, replications: int) -> list[list[Study]]:
+    """What stands under each heading of the page."""
+    few, fewer = replications // 4, replications // 10
+    paper = [design(d) for design in (linear, logistic) for d in (5, 20)]
+    quantiles = [quantile(tau, d) for tau in (0.5, 0.9) for d in (5, 20)]
+    steps = [Rate(c, a) for a in (0.505, 0.667) for c in (0.5, 1.0)]
+    return [
+        [
+            *[one_run(design, n, replications, *steps) for design in paper],
+            # How far the logistic intervals get with more observations.
+            *[one_run(logistic(d), 10 * n, few) for d in (5, 20)],
+            # Where they fail, and do not show it: there is next to no curvature.
+            one_run(logistic(200), n, replications // 16),
+            one_run(linear(200), n, replications // 16),
+            *[one_run(logistic(d), n // 10, replications) for d in (5, 20)],
+        ],
+        [
+            *[two_runs(design, n, replications, 1, 2, 4) for design in paper],
+            *[two_runs(logistic(d), 10 * n, few, 2) for d in (5, 20)],
+            *[two_runs(logistic(d), n // 10, replications, 1, 2) for d in (5, 20)],
+            *[two_runs(design(200), n, fewer) for design in (linear, logistic)],
+        ],
+        [one_run(design, n, replications) for design in quantiles],
+        [two_runs(design, n, replications, 1, 4) for design in quantiles],
+    ]
 
 
 def draw(
@@ -121,40 +235,41 @@ def draw(
     keys = jax.random.split(key)
     d = len(design.coefficients)
     x = jax.random.normal(keys[0], (CHUNK, d, replications))
+    if design.intercept:
+        x = x.at[:, 0].set(1)
     signal = jnp.einsum("d, tdr -> tr", jnp.asarray(design.coefficients, x.dtype), x)
-    if design.name == "linear":
-        return x, signal + jax.random.normal(keys[1], signal.shape)
-    threshold = jax.random.logistic(keys[1], signal.shape)
-    return x, (signal > threshold).astype(x.dtype)
+    return x, design.response(keys[1], signal)
 
 
-def measure(
-    design: Design,
-    tried: Sequence[Rate],
-    starts: Sequence[int],
-    observations: int,
-    replications: int,
-    seed: int,
-) -> tuple[list[list[Row]], float]:
+def measure(study: Study, seed: int) -> tuple[list[list[Row]], float]:
     """A list of rows for each start, a row for each rate; and the seconds it took."""
-
-    def optimizer(rate: Rate) -> optax.GradientTransformationExtraArgs:
-        def schedule(step: jax.Array) -> jax.Array:
-            return jnp.minimum(rate.cap, rate.c * (1.0 + step) ** -rate.a)
-
-        trackers = [(str(s), track_random_scaling(start=s)) for s in starts]
-        return optax.named_chain(("sgd", optax.sgd(schedule)), *trackers)
+    design, observations, replications, method, tried, starts, *_ = study
+    trackers = [running_random_scaling(start=s) for s in starts]
+    multiples = jnp.array(method.multiples)
 
     def init(rate: Rate) -> Any:
         params = jnp.zeros((len(design.coefficients), replications))
-        return params, optimizer(rate).init(params)
+        runs = jnp.stack([params] * len(multiples))
+        states = jax.vmap(optax.sgd(rate).init)(runs)
+        return runs, states, [tracker.init(params) for tracker in trackers]
 
     def step(data: Any, rate: Rate, carry: Any) -> Any:
-        (x, y), (params, state) = data, carry
-        # The gradient of a sum over replications is each replication's own.
-        loss = lambda p: jnp.sum(design.loss(jnp.sum(p * x, axis=0), y))  # noqa: E731
-        updates, state = optimizer(rate).update(jax.grad(loss)(params), state, params)
-        return optax.apply_updates(params, updates), state
+        (x, y), (runs, states, scalings) = data, carry
+
+        def update(multiple: jax.Array, params: jax.Array, state: Any) -> Any:
+            # The gradient of a sum over replications is each replication's own.
+            loss = lambda p: jnp.sum(design.loss(jnp.sum(p * x, axis=0), y))  # noqa: E731
+            optimizer = optax.sgd(lambda step: multiple * rate(step))
+            updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+            return optax.apply_updates(params, updates), state
+
+        runs, states = jax.vmap(update)(multiples, runs, states)
+        iterate = sum(w * p for w, p in zip(method.weights, runs, strict=True))
+        scalings = [
+            tracker.update(scaling, iterate)
+            for tracker, scaling in zip(trackers, scalings, strict=True)
+        ]
+        return runs, states, scalings
 
     batch = jax.tree.map(lambda *values: jnp.asarray(values), *tried)
 
@@ -171,12 +286,9 @@ def measure(
     title = f"{design.title}, {observations:,}"
     for chunk in tqdm(range(observations // CHUNK), desc=title, unit_scale=CHUNK):
         carry = advance(carry, jax.random.fold_in(key, chunk))
-    carry = jax.block_until_ready(carry)
+    *_, scalings = jax.block_until_ready(carry)
     seconds = time.perf_counter() - began
-    states = carry[1]
-    return [
-        summarise(design, states[str(s)], observations, len(tried)) for s in starts
-    ], seconds
+    return [summarise(design, s, observations, len(tried)) for s in scalings], seconds
 
 
 def summarise(design: Design, state: Any, observations: int, count: int) -> list[Row]:
@@ -203,13 +315,13 @@ def summarise(design: Design, state: Any, observations: int, count: int) -> list
 
 
 PAGE = """\
-# Coverage of the 95 % intervals of `track_random_scaling`
+# Coverage of the 95 % intervals of random scaling
 
     {command}
 
-{replications:,} replications (a quarter of them where n is {long:,}, a sixteenth \
-where d is 200), float32, \
-{cores} CPU cores, jax {jax}. The rule was chosen on other seeds.
+{replications:,} replications (a quarter of them where n is {long:,}; where d is 200 \
+a sixteenth, extrapolated a tenth), float32, {cores} CPU cores, jax {jax}. The rules \
+were chosen on other seeds.
 
 - *coverage*: of all coefficients, ± its Monte Carlo standard error over independent
   replications; *first*: of the first coefficient, the figure of the paper.
@@ -218,59 +330,72 @@ where d is 200), float32, \
 - *RMSE*: root of the mean square of the averages' errors times sqrt(n), over the
   Cramér-Rao bound, sqrt((H^-1 S H^-1)_jj).
 - *bias*: the same of their mean over the replications; {noise:.2f} is noise alone
-  ({long_noise:.2f} where n is {long:,}, {flat_noise:.2f} where d is 200).
+  ({long_noise:.2f} where n is {long:,}; where d is 200 {flat_noise:.2f}, extrapolated
+  {wide_noise:.2f}).
 - *seconds*: of the run that gave all rows of a design and n.
 
-| design | n | step size | start | coverage | first | length | RMSE | bias | seconds |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
-{rows}
+## One run
+
+{0}
+
+## Two runs, extrapolated
+
+On the same observations, at the step size and at twice that: the intervals are those of
+2 p - p', p the iterates of the first and p' of the second.
+
+{1}
+
+## Quantile regression, one run
+
+{2}
+
+## Quantile regression, extrapolated
+
+{3}
 """
 
+HEAD = """\
+| design | n | step size | start | coverage | first | length | RMSE | bias | seconds |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
 
-def format_row(design: Design, n: int, rate: Rate, start: int, row: Row) -> str:
+
+def format_row(study: Study, rate: Rate, start: int, row: Row, seconds: float) -> str:
     step_size = f"{rate.c:g} t^-{rate.a:g}"
     if np.isfinite(rate.cap):
         step_size = f"min({rate.cap:g}, {step_size})"
-        if start:
-            step_size = f"**{step_size}**, the rule"
+    if (rate, start) == (study.rate, study.start):
+        step_size = f"**{step_size}**, the rule"
     figures = [
         f"{value:.3f}" if value < 100 else f"{value:.0e}"
         for value in (row.first, row.length, row.rmse, row.bias)
     ]
     cells = [
-        design.title,
-        f"{n:,}",
+        study.design.title,
+        f"{study.observations:,}",
         step_size,
         f"{start:,}",
         f"{row.coverage:.4f} ± {row.error:.4f}",
         *figures,
+        f"{seconds:.0f}",
     ]
     return f"| {' | '.join(cells)} |"
 
 
-def study(observations: int, replications: int, seed: int) -> list[str]:
-    """Runs all of it; returns the rows of the table."""
-    paper = [
-        (design(d), observations, rates(d), replications)
-        for design in (linear, logistic)
-        for d in (5, 20)
-    ]
-    # How far the logistic intervals get with more observations.
-    longer = [
-        (logistic(d), 10 * observations, rates(d)[-1:], replications // 4)
-        for d in (5, 20)
-    ]
-    # Where the intervals fail, and do not show it: there is next to no curvature.
-    flat = [(logistic(200), observations, rates(200)[-1:], replications // 16)]
-    lines = []
-    for number, (design, n, tried, count) in enumerate([*paper, *longer, *flat]):
-        starts = [0, n // BURN_IN]
-        results, seconds = measure(design, tried, starts, n, count, seed + number)
-        for k, rate in enumerate(tried):
-            for start, rows in zip(starts, results, strict=True):
-                line = format_row(design, n, rate, start, rows[k])
-                lines.append(f"{line} {seconds:.0f} |")
-    return lines
+def tables(observations: int, replications: int, seed: int) -> Iterator[list[str]]:
+    """The page's tables, as far as they have come, after each design."""
+    parts = sections(observations, replications)
+    tables = [HEAD] * len(parts)
+    seeds: dict[tuple[str, int], int] = {}  # one stream a design, for all its methods
+    for part, studies in enumerate(parts):
+        for study in studies:
+            stream = study.design.title, study.observations
+            seeds.setdefault(stream, seed + len(seeds))
+            results, seconds = measure(study, seeds[stream])
+            for k, rate in enumerate(study.tried):
+                for start, rows in zip(study.starts, results, strict=True):
+                    line = format_row(study, rate, start, rows[k], seconds)
+                    tables[part] += f"\n{line}"
+            yield tables
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -278,7 +403,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--observations",
         type=command_line.number(
-            int, lambda n: n > 0 and n % CHUNK == 0, f"a positive multiple of {CHUNK}"
+            int,
+            lambda n: n > 0 and n % (10 * CHUNK) == 0,  # the shortest have a tenth
+            f"a positive multiple of {10 * CHUNK}",
         ),
         default=100_000,
         help="length of a stream (default: %(default)s)",
@@ -302,22 +429,25 @@ def main(argv: Sequence[str] | None = None) -> None:
             options.output.open("a").close()
         except OSError as error:
             parser.error(f"argument --output: {options.output}: {error.strerror}")
-    rows = study(options.observations, options.replications, options.seed)
-    page = PAGE.format(
-        command=f"python -m benchmarks.coverage {' '.join(argv or sys.argv[1:])}",
-        replications=options.replications,
-        long=10 * options.observations,
-        noise=options.replications**-0.5,
-        long_noise=(options.replications // 4) ** -0.5,
-        flat_noise=(options.replications // 16) ** -0.5,
-        cores=os.cpu_count(),
-        jax=jax.__version__,
-        rows="\n".join(rows),
-    )
+    n, replications = options.observations, options.replications
+    page = ""
+    for parts in tables(n, replications, options.seed):
+        page = PAGE.format(
+            *parts,
+            command=f"python -m benchmarks.coverage {' '.join(argv or sys.argv[1:])}",
+            replications=replications,
+            long=10 * n,
+            noise=replications**-0.5,
+            long_noise=(replications // 4) ** -0.5,
+            flat_noise=(replications // 16) ** -0.5,
+            wide_noise=(replications // 10) ** -0.5,
+            cores=os.cpu_count(),
+            jax=jax.__version__,
+        )
+        if options.output is not None:  # what there is, so that nothing is lost
+            options.output.write_text(page, encoding="utf-8")
     if options.output is None:
         print(page)
-    else:
-        options.output.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":
