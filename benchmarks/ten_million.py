@@ -230,7 +230,9 @@ def scikit_learn(regression: str) -> Callable[[Rows], Fit]:
             model = SGDClassifier(loss="log_loss", **options)
             classes = {"classes": np.array([0, 1])}
         for x, y in rows.chunks():
-            model.partial_fit(x, y, **classes)
+            # In float32 the logistic average of ten million ended 2.3 standard errors
+            # from the exact estimate, not 0.26.
+            model.partial_fit(x.astype(np.float64), y.astype(np.float64), **classes)
         return Fit(np.ravel(model.coef_))
 
     return fit
@@ -389,7 +391,7 @@ They lie on disk in float32, {size:,.0f} MB, and are read in chunks of {chunk:,}
   the loss's curvature. Averaged from n / 100 on. Those of a tenth of the observations
   are there for their memory: it does not grow.
 - *scikit-learn*: `SGDRegressor` and `SGDClassifier` by `partial_fit`, no penalty, at
-  t^-0.505 / 2, averaged from n / 100 on, in float32. It has no intervals.
+  t^-0.505 / 2, averaged from n / 100 on, in float64. It has no intervals.
 - *NumPy*: what a few lines do that sum d² numbers over the chunks in float64: exact,
   with intervals. Least squares takes one pass over the data, Newton's one a step.
 - *statsmodels*: `OLS`, `Logit` and `QuantReg` by their defaults, all data in memory in
