@@ -30,7 +30,15 @@ from benchmarks import command_line
 STYLE = Path(__file__).parents[1] / "examples" / "style.mplstyle"
 # Of others, before there is one of ours: what it was measured under.
 LOAD = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-LIBRARIES = ("jax", "optax", "flax", "torch", "scikit-learn", "google-benchmark")
+LIBRARIES = (
+    "jax",
+    "optax",
+    "flax",
+    "torch",
+    "scikit-learn",
+    "statsmodels",
+    "google-benchmark",
+)
 
 
 class Contestant(NamedTuple):
