@@ -19,7 +19,8 @@ nox.options.error_on_missing_interpreters = True
 # Of the core alone: no Flax, so no examples either. `--no-skips`: in a run that is
 # to show something, a test that was skipped showed nothing.
 PYTEST = ["pytest", "--no-skips", "-n", "2"]
-CORE_TESTS = ["chex>=0.1.89", "hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.6"]
+CORE_TESTS = ["chex>=0.1.89", "flatbuffers>=24.3.25", "hypothesis>=6.100"]
+CORE_TESTS += ["pytest>=8.0", "pytest-xdist>=3.6"]
 NEED_FLAX = [
     "asgd_optax/flax.py",
     "asgd_optax/_batch_norm_linen.py",
