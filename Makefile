@@ -91,8 +91,10 @@ format: $(VENV)/.dev  ## Format and mend what ruff can
 	$(BIN)/ruff format .
 
 .PHONY: dist
-dist: $(VENV)/.dev  ## Build the wheel and the sdist
+dist: $(VENV)/.dev  ## Build the wheel and the sdist, and check what an index would
+	rm -rf dist
 	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 .PHONY: clean
 clean:  ## Remove what the targets made

@@ -10,6 +10,8 @@ fails at its end.
 import glob
 import pathlib
 import shutil
+import tarfile
+import zipfile
 
 import nox
 
@@ -19,7 +21,8 @@ nox.options.error_on_missing_interpreters = True
 # Of the core alone: no Flax, so no examples either. `--no-skips`: in a run that is
 # to show something, a test that was skipped showed nothing.
 PYTEST = ["pytest", "--no-skips", "-n", "2"]
-CORE_TESTS = ["chex>=0.1.89", "hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.6"]
+CORE_TESTS = ["chex>=0.1.89", "flatbuffers>=24.3.25", "hypothesis>=6.100"]
+CORE_TESTS += ["pytest>=8.0", "pytest-xdist>=3.6"]
 NEED_FLAX = [
     "asgd_optax/flax.py",
     "asgd_optax/_batch_norm_linen.py",
@@ -72,12 +75,38 @@ def docs(session: nox.Session) -> None:
     make(session, "test-docs", "ARGS=--no-skips")
 
 
+def distribution_of(session: nox.Session, kind: str) -> str:
+    """The wheel or the sdist, which hold what git knows: no less, and no more."""
+    make(session, "dist")
+    (path,) = glob.glob(f"dist/*.{kind}")
+    name, version = path.removeprefix("dist/").removesuffix(f".{kind}").split("-")[:2]
+    release = f"{name}-{version}"
+    if kind == "whl":
+        with zipfile.ZipFile(path) as wheel:
+            names = set(wheel.namelist())
+        made = ["METADATA", "RECORD", "WHEEL", "licenses/LICENSE"]
+        expected = {f"{release}.dist-info/{file}" for file in made}
+        expected |= tracked(session, "asgd_optax")
+    else:
+        with tarfile.open(path) as sdist:
+            names = set(sdist.getnames())
+        expected = {f"{release}/{file}" for file in tracked(session) | {"PKG-INFO"}}
+    if names != expected:
+        session.error(f"not what git knows: {sorted(names ^ expected)} in {path}")
+    return path
+
+
+def tracked(session: nox.Session, *paths: str) -> set[str]:
+    """The files that git knows, all or those under the paths."""
+    listed = session.run("git", "ls-files", *paths, external=True, silent=True)
+    return set(listed.splitlines())
+
+
 @nox.session
 @nox.parametrize("kind", ["whl", "tar.gz"])
 def distribution(session: nox.Session, kind: str) -> None:
     """Wheel and sdist, each in an empty environment."""
-    make(session, "dist")
-    session.install(*glob.glob(f"dist/*.{kind}"))
+    session.install(distribution_of(session, kind))
     # Away from the sources, which Python would find first.
     session.chdir(session.create_tmp())
     installed = (
@@ -133,8 +162,15 @@ def tpu(session: nox.Session) -> None:
 
 @nox.session(python="3.13")
 def newest(session: nox.Session) -> None:
-    """The newest Python, and the newest jax, optax and Flax that it gets."""
-    session.install("--upgrade", "-e", ".[test]")
+    """The newest Python, and the newest jax, optax and Flax that it gets.
+
+    The tests are those of the unpacked sdist: that it lacks nothing shows here.
+    """
+    sdist = distribution_of(session, "tar.gz")
+    shutil.unpack_archive(sdist, session.create_tmp(), filter="data")
+    (sources,) = pathlib.Path(session.create_tmp()).glob("asgd_optax-*")
+    session.chdir(sources)
+    session.install("--upgrade", ".[test]")
     session.run(*PYTEST, "-m", "not torch")
 
 

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A train step that was exported and serialized goes on to the same bits elsewhere."""
+
+import functools
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import export
+
+from asgd_optax import ASGDState, CompensatedMean, asgd
+from tests import export_worker
+from tests.support import bits, random_tree, train_step
+from tests.transformations import ROWS
+
+# Exported before any averages begin; afterwards all do.
+STEPS, MORE = 1, 5
+
+
+def loss(params, x):
+    leaves = [leaf.astype("float32") for leaf in jax.tree.leaves(params)]
+    return sum(jnp.sum(jnp.sin(x * leaf)) for leaf in leaves)
+
+
+def test_goes_on_in_a_fresh_process(tmp_path):
+    """All in one program, for three platforms, without a type of ours or of optax's."""
+    chain = functools.partial(optax.chain, optax.clip_by_global_norm(1.0))
+    txs = {row.name: chain(row.make()) for row in ROWS}
+    params = {d: random_tree(0, d)["a"]["matrix"] for d in ("bfloat16", "float32")}
+    runs = {name: (params, tx.init(params)) for name, tx in txs.items()}
+    leaves, structure = jax.tree.flatten(runs)
+
+    @jax.jit
+    def step(leaves, x):
+        runs = jax.tree.unflatten(structure, leaves)
+        for name, (params, state) in runs.items():
+            grads = jax.grad(loss)(params, x)
+            runs[name] = train_step(txs[name], params, state, grads)
+        return jax.tree.leaves(runs)
+
+    data = np.linspace(0.5, 2.0, STEPS + MORE, dtype="float32")
+    for x in data[:STEPS]:
+        leaves = step(leaves, x)
+    exported = export.export(step, platforms=["cpu", "cuda", "tpu"])(leaves, data[0])
+    (tmp_path / "program").write_bytes(exported.serialize())
+    np.savez(tmp_path / "given.npz", *leaves, data[STEPS:])
+    for x in data[STEPS:]:
+        leaves = step(leaves, x)
+
+    worker = [sys.executable, export_worker.__file__, tmp_path]
+    subprocess.run(worker, check=True, timeout=120)
+    with np.load(tmp_path / "result.npz") as arrays:
+        there = jax.tree.unflatten(structure, arrays.values())
+    here = jax.tree.unflatten(structure, leaves)
+    for name, run in here.items():
+        assert data_of(there[name]) == data_of(run), name
+
+
+def data_of(tree):
+    return [data for _, _, data in bits(tree)]
+
+
+@functools.cache
+def register_states():
+    """Once a process: JAX refuses a second time."""
+    for state in (ASGDState, CompensatedMean):
+        name = f"asgd_optax.{state.__name__}"
+        export.register_namedtuple_serialization(state, serialized_name=name)
+
+
+def test_registered_states_keep_their_types():
+    register_states()
+    tx = asgd(0.3, t0=0, compensated=True)
+    step = jax.jit(functools.partial(train_step, tx))
+    params = random_tree(0, "float32")
+    arguments = params, tx.init(params), random_tree(1, "float32")
+    serialized = export.export(step)(*arguments).serialize()
+    there, here = export.deserialize(serialized).call(*arguments), step(*arguments)
+    assert jax.tree.structure(there) == jax.tree.structure(here)
+    assert bits(there) == bits(here)
