@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from asgd_optax import asgd, average_iterates, nt_asgd, track_random_scaling
-from benchmarks import command_line, tpu_compiler
+from benchmarks import command_line, compilers
 
 TOPOLOGIES = ("v4:2x2x1", "v5e:2x4", "v5p:2x2x1", "v6e:2x2")
 DTYPES = ("float32", "bfloat16")
@@ -46,7 +46,7 @@ LEAVES = 32
 
 def leaf(topology: str, dtype: str, size: int) -> jax.ShapeDtypeStruct:
     """A parameter sharded over all chips of a topology, `size` numbers on each."""
-    chips = np.array(tpu_compiler.devices_of(topology))
+    chips = np.array(compilers.devices_of(topology))
     sharding = NamedSharding(Mesh(chips, ("chips",)), PartitionSpec("chips"))
     return jax.ShapeDtypeStruct((size * chips.size,), dtype, sharding=sharding)
 
@@ -62,8 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for dtype in DTYPES:
             params = leaf(topology, dtype, SIZE)
             for name, tx in TRANSFORMATIONS.items():
-                state = tpu_compiler.state_like(tx, params)
-                step = tpu_compiler.compile_step(tx, params, state)
+                state = compilers.state_like(tx, params)
+                step = compilers.compile_step(tx, params, state)
                 print(
                     f"| {topology} | {dtype} | {name} | {step.moved / SIZE:.2f} |"
                     f" {step.moved_between / SIZE:.2f} | {step.temporary / SIZE:.2f} |"
@@ -79,8 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for topology in TOPOLOGIES:
         leaves = [leaf(topology, "float32", size)] * LEAVES
         for name, tx in ON_HOST.items():
-            state = tpu_compiler.state_like(tx, leaves, host=True)
-            step = tpu_compiler.compile_step(tx, leaves, state)
+            state = compilers.state_like(tx, leaves, host=True)
+            step = compilers.compile_step(tx, leaves, state)
             print(
                 f"| {topology} | {name} | {step.host_arguments / 2**20:.0f} |"
                 f" {step.temporary / 2**20:.0f} | {step.host_moved / 2**20:.0f} |"

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from asgd_optax import asgd, average_iterates
-from benchmarks import tpu_compiler
+from benchmarks import compilers
 from examples import pod_plan
 from tests.transformations import ROWS
 
@@ -32,7 +32,7 @@ over_generations = pytest.mark.parametrize(
 
 @functools.cache
 def mesh_of(topology):
-    return Mesh(np.array(tpu_compiler.devices_of(topology)), ("chips",))
+    return Mesh(np.array(compilers.devices_of(topology)), ("chips",))
 
 
 def leaf(topology, dtype, size=SIZE):
@@ -47,8 +47,8 @@ def leaf(topology, dtype, size=SIZE):
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_a_step_is_one_kernel_that_moves_the_least(row, dtype, topology):
     tx, params = row.make(), leaf(topology, dtype)
-    state = tpu_compiler.state_like(tx, params)
-    step = tpu_compiler.compile_step(tx, params, state)
+    state = compilers.state_like(tx, params)
+    step = compilers.compile_step(tx, params, state)
 
     shapes = [x.shape for x in jax.tree.leaves(state)]
     assert shapes.count(params.shape) == row.arrays
@@ -67,8 +67,8 @@ def test_a_step_is_one_kernel_that_moves_the_least(row, dtype, topology):
 def test_the_count_of_collectives_finds_one():
     """A norm over the whole mesh is summed across it."""
     tx, params = optax.clip_by_global_norm(1.0), leaf("v6e:2x2", "float32", 2**20)
-    state = tpu_compiler.state_like(tx, params)
-    assert tpu_compiler.compile_step(tx, params, state).collectives == ["all-reduce"]
+    state = compilers.state_like(tx, params)
+    assert compilers.compile_step(tx, params, state).collectives == ["all-reduce"]
 
 
 @pytest.mark.parametrize("topology", ["v5e:2x4", "v6e:2x2"])
@@ -80,8 +80,8 @@ def test_an_average_in_host_memory_is_staged_leaf_by_leaf(compensated, every, to
     sgd = optax.sgd(0.1)
     tx = optax.chain(sgd, average_iterates(every=every, compensated=compensated))
     params = [leaf(topology, "float32", size)] * leaves
-    state = tpu_compiler.state_like(tx, params, host=True)
-    step = tpu_compiler.compile_step(tx, params, state)
+    state = compilers.state_like(tx, params, host=True)
+    step = compilers.compile_step(tx, params, state)
 
     arrays = 2 if compensated else 1
     assert step.host_arguments == 4 * size * arrays * leaves
@@ -94,8 +94,8 @@ def test_an_average_in_host_memory_is_staged_leaf_by_leaf(compensated, every, to
 
 def test_asgd_averages_in_host_memory_too():
     params = [leaf("v6e:2x2", "bfloat16", 2**22)] * 24
-    state = tpu_compiler.state_like(asgd(), params, host=True)
-    step = tpu_compiler.compile_step(asgd(), params, state)
+    state = compilers.state_like(asgd(), params, host=True)
+    step = compilers.compile_step(asgd(), params, state)
     assert step.host_moved == 2 * step.host_arguments == 2 * 4 * 2**22 * 24
     assert step.temporary <= 4 * 4 * 2**22
 
@@ -132,4 +132,4 @@ def test_the_pod_plan_of_layers_apart(topology):
 @pytest.mark.parametrize("topology", ["v6e:3x5", "v6e:square", "v9:2x2"])
 def test_an_unknown_topology_is_refused(topology):
     with pytest.raises(RuntimeError, match="INVALID_ARGUMENT"):
-        tpu_compiler.devices_of(topology)
+        compilers.devices_of(topology)

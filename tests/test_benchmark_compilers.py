@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`benchmarks/tpu_compiler.py` reads a compiled program; with one, see `tests/tpu`."""
+"""`benchmarks/compilers.py` reads a compiled program; with one, see `tests/tpu`."""
 
 import pytest
 
-from benchmarks import tpu_compiler
+from benchmarks import compilers
 
 # A scheduled program, cut down to what is counted: device memory is the space of no
 # number, S(1) vector memory, S(5) the host's.
@@ -46,15 +46,15 @@ ENTRY %main (p: f32[8,4], a: bf16[16,4], n: pred[]) -> (f32[8,4]) {
 
 def test_traffic_is_counted_once_and_by_memory():
     # The copy writes 128, the slice reads 32, the kernel reads 128 twice and writes it.
-    least = tpu_compiler.traffic(PROGRAM, branch=min)
+    least = compilers.traffic(PROGRAM, branch=min)
     assert (least["device"], least["host"], least["vector"]) == (544, 128, 64)
     assert least["kernels"] == 1
     # The branch reads 128 and writes it.
-    most = tpu_compiler.traffic(PROGRAM)
+    most = compilers.traffic(PROGRAM)
     assert (most["device"], most["host"], most["vector"]) == (800, 128, 64)
     assert most["kernels"] == 2
 
 
 def test_a_loop_is_not_counted_as_one_pass():
     with pytest.raises(ValueError, match="cannot count the bytes of a while"):
-        tpu_compiler.traffic(PROGRAM.replace(" conditional(", " while("))
+        compilers.traffic(PROGRAM.replace(" conditional(", " while("))
