@@ -172,6 +172,8 @@ def compile_step(
 ) -> Step:
     """Compiles the update and its application, params and state donated.
 
+    Results are laid out as what they replace.
+
     Args:
       tx: a gradient transformation.
       params: pytree of `jax.ShapeDtypeStruct`s with shardings over one mesh.
@@ -184,7 +186,7 @@ def compile_step(
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    return _compile(step, (0, 1), params, state, params)
+    return _compile(step, (0, 1), (params, state), params, state, params)
 
 
 def compile_update(
@@ -202,13 +204,25 @@ def compile_update(
       donate_grads: whether the updates may take the gradients' place.
     """
     donated = (0, 1) if donate_grads else (1,)
-    return _compile(tx.update, donated, params, state, params)
+    return _compile(tx.update, donated, (params, state), params, state, params)
 
 
-def _compile(function: Callable[..., Any], donated: Any, *arguments: Any) -> Step:
+def _compile(
+    function: Callable[..., Any], donated: Any, results: Any, *arguments: Any
+) -> Step:
+    def laid_out(x: jax.ShapeDtypeStruct) -> Sharding | None:
+        # What is in host memory has to be put back there by itself.
+        on_host = x.sharding.memory_kind == "pinned_host"
+        return None if on_host else x.sharding
+
+    jitted = jax.jit(
+        function,
+        donate_argnums=donated,
+        out_shardings=jax.tree.map(laid_out, results),
+    )
     device = jax.tree.leaves(arguments)[0].sharding.mesh.devices.flat[0]
     start = time.perf_counter()
-    lowered = jax.jit(function, donate_argnums=donated).lower(*arguments)
+    lowered = jitted.lower(*arguments)
     with tempfile.TemporaryDirectory() as folder:
         dump = {"xla_dump_to": folder, "xla_dump_emitter_re": ".*"}
         compiled: Any = lowered.compile(dump if device.platform == "gpu" else None)
