@@ -148,10 +148,10 @@ def average_iterates(
         if not _checks.is_traced(every) and _checks.concrete(every) == 1:
             return updates, AverageIteratesState(step, averaged, average())
         # The iterate comes from outside of the branch, and the branch that keeps the
-        # average stands before the one that writes it: so neither of them is copied, and
-        # the steps between cost no more than no averaging. By a number, since of a
-        # condition XLA on GPUs puts the branch for true first, and jax 0.10's then copies
-        # the average twice. Two is taken for one.
+        # average stands before the one that writes it: so neither of them is copied,
+        # and the steps between cost no more than no averaging. A number chooses, for of
+        # a condition XLA on GPUs puts the branch for true first, and jax 0.10's then
+        # copies the average twice. (A 2 is taken for a 1.)
         index = due.astype(jnp.int32) + ~begun
         new = jax.lax.switch(index, [lambda: state.average, average])
         return updates, AverageIteratesState(step, averaged, new)

@@ -8,8 +8,8 @@ imported before anything has used a device.
 """
 
 import collections
+import functools
 import importlib.util
-import itertools
 import math
 import os
 import pathlib
@@ -63,6 +63,8 @@ _SOFTWARE = (
 # The memory spaces of a compiled program's layouts.
 SPACES = {0: "device", 1: "vector", 5: "host"}
 
+SMALL = 256  # bytes: arrays below are not counted
+
 COLLECTIVES = (
     "all-gather",
     "all-reduce",
@@ -90,9 +92,9 @@ class Step(NamedTuple):
       temporary: device memory allocated besides arguments and results.
       host_arguments: of the arguments, those in host memory.
       peak: device memory at its fullest.
-      kernels: fused kernels over arrays, the most expensive branch's among them.
+      kernels: fused kernels, small ones apart, the most expensive branch's among them.
       collectives: names of the collectives, sorted.
-      ptx: what a GPU's kernels over arrays are in its assembler, by their names.
+      ptx: what those kernels are in a GPU's assembler, by their names.
       seconds: time that the compilation took.
     """
 
@@ -116,6 +118,7 @@ def installed(platform: str) -> bool:
     return any(map(importlib.util.find_spec, modules[platform]))
 
 
+@functools.cache
 def devices_of(target: str) -> list[jax.Device]:
     """The devices of a target.
 
@@ -224,7 +227,10 @@ def _compile(
     start = time.perf_counter()
     lowered = jitted.lower(*arguments)
     with tempfile.TemporaryDirectory() as folder:
-        dump = {"xla_dump_to": folder, "xla_dump_emitter_re": ".*"}
+        dump: dict[str, str | bool] = {
+            "xla_dump_to": folder,
+            "xla_dump_emitter_re": ".*",
+        }
         compiled: Any = lowered.compile(dump if device.platform == "gpu" else None)
         seconds = time.perf_counter() - start
         ptx = {}
@@ -253,8 +259,9 @@ def traffic(text: str, branch: Callable[..., Any] = max) -> collections.Counter[
     """Bytes that a compiled program reads and writes by memory space, and "kernels".
 
     An instruction reads its operands and writes its results, each once; of a copy
-    or a slice that runs beside the others, as much is read as written. Scalars and
-    kernels of nothing else, a GPU's for counters and rates, are left out.
+    or a slice that runs beside the others, as much is read as written. What is small
+    is left out, counters, rates and recorded losses, and a GPU's kernels of nothing
+    else.
 
     Args:
       text: the optimized program, as `Compiled.as_text()` gives it.
@@ -290,17 +297,34 @@ def traffic(text: str, branch: Callable[..., Any] = max) -> collections.Counter[
             elif operation in ("copy-start", "slice-start"):
                 # Source and target, in either order; a slice's source is the whole.
                 (one, here), (other, there) = arrays[name][:2]
-                moved[here] += min(one, other)
-                moved[there] += min(one, other)
+                if (size := min(one, other)) >= SMALL:
+                    moved[here] += size
+                    moved[there] += size
             else:
-                touched = [arrays[operand] for operand in _NAME.findall(operands)]
-                touched.append(arrays[name])
-                moved["kernels"] += operation == "fusion" and any(touched)
-                for size, space in itertools.chain.from_iterable(touched):
+                names = [*_NAME.findall(operands), name]
+                touched = [(n, s) for x in names for n, s in arrays[x] if n >= SMALL]
+                moved["kernels"] += operation == "fusion" and bool(touched)
+                for size, space in touched:
                     moved[space] += size
         return moved
 
     return count(entry)
+
+
+def contractible(ptx: str) -> list[str]:
+    """The operations of a kernel that are, or may become, fused multiply-adds.
+
+    Products and sums that do not say how they round (`.rn`) may be contracted by what
+    makes machine code of them.
+
+    Args:
+      ptx: a kernel in a GPU's assembler, one of `Step.ptx`.
+    """
+    return [
+        operation[0]
+        for operation in _ARITHMETIC.finditer(ptx)
+        if operation[1] in ("fma", "mad") or ".rn" not in operation[0]
+    ]
 
 
 _MOVES_NOTHING = {
@@ -322,19 +346,19 @@ _NAME = re.compile(r"%([\w.-]+)")
 _BRANCHES = re.compile(
     r"branch_computations=\{[^}]*|true_computation=\S+ false_computation=\S+"
 )
-# Of one number or more: a scalar's brackets are empty.
-_ARRAY = re.compile(r"\b(?:pred|[a-z]+(\d+))\[([\d,]+)\](?:\{([^}]*)\})?")
-# One for scalars alone runs in a single thread.
+_ARRAY = re.compile(r"\b(?:pred|[a-z]+(\d+))\[([\d,]*)\](?:\{([^}]*)\})?")
+# Of a hundred threads or more: others are small, as above.
 _KERNEL = re.compile(
-    r"\.entry (?P<name>\w+)\([^)]*\)\s*\.reqntid (?!1, 1, 1\b).*?^\}", re.S | re.M
+    r"\.entry (?P<name>\w+)\([^)]*\)\s*\.reqntid \d{3}.*?^\}", re.S | re.M
 )
+_ARITHMETIC = re.compile(r"\b(add|sub|mul|fma|mad)(?:\.\w+)*\.b?f\d+(?:x2)?\b")
 
 
 def _arrays(results: str) -> list[tuple[int, str]]:
     """The size in bytes and the memory space of each array among results."""
     arrays = []
     for bits, shape, layout in _ARRAY.findall(results):
-        elements = math.prod(map(int, shape.split(",")))
+        elements = math.prod(int(n) for n in shape.split(",") if n)
         space = re.search(r"S\((\d+)\)", layout)
         number = int(space[1]) if space else 0
         size = elements * int(bits or 8) // 8
