@@ -21,8 +21,8 @@ $(VENV)/.examples $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: pyproject.toml
 	$(ENVIRONMENT) '.[$*]'
 	@touch $@
 
-# Others have one of their own: beside the TPU's library, CUDA's or a live torch the ordinary
-# tests are not the same, and what themes ask for is to decide nothing elsewhere.
+# Others have one of their own: beside the TPU's library, CUDA's or a live torch the
+# ordinary tests are not the same, and what themes ask for is to decide nothing elsewhere.
 $(VENV)-bench/.bench $(VENV)-docs/.docs: pyproject.toml
 	$(ENVIRONMENT) '.[$(@F:.%=%)]'
 	@touch $@

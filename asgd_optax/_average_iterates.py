@@ -62,7 +62,8 @@ def average_iterates(
         `inf` for never; may be traced. Updates are those of this state: an average
         that joins a run later counts from there.
       every: averages every so many-th of them: a whole number of at least 1; may be
-        traced. The steps between do not touch the average.
+        traced. The steps between do not touch the average, where the whole step is
+        jitted and the state donated.
       include_start: whether the parameters after `start` updates, the initial ones
         where `start` is 0, are the first averaged iterate: n = 1, taken whole
         whatever w(1) is. From then on the average is held between the iterates that

@@ -175,8 +175,6 @@ def compile_step(
 ) -> Step:
     """Compiles the update and its application, params and state donated.
 
-    Results are laid out as what they replace.
-
     Args:
       tx: a gradient transformation.
       params: pytree of `jax.ShapeDtypeStruct`s with shardings over one mesh.
@@ -189,7 +187,7 @@ def compile_step(
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    return _compile(step, (0, 1), (params, state), params, state, params)
+    return _compile(step, (0, 1), params, state, params)
 
 
 def compile_update(
@@ -207,25 +205,13 @@ def compile_update(
       donate_grads: whether the updates may take the gradients' place.
     """
     donated = (0, 1) if donate_grads else (1,)
-    return _compile(tx.update, donated, (params, state), params, state, params)
+    return _compile(tx.update, donated, params, state, params)
 
 
-def _compile(
-    function: Callable[..., Any], donated: Any, results: Any, *arguments: Any
-) -> Step:
-    def laid_out(x: jax.ShapeDtypeStruct) -> Sharding | None:
-        # What is in host memory has to be put back there by itself.
-        on_host = x.sharding.memory_kind == "pinned_host"
-        return None if on_host else x.sharding
-
-    jitted = jax.jit(
-        function,
-        donate_argnums=donated,
-        out_shardings=jax.tree.map(laid_out, results),
-    )
+def _compile(function: Callable[..., Any], donated: Any, *arguments: Any) -> Step:
     device = jax.tree.leaves(arguments)[0].sharding.mesh.devices.flat[0]
     start = time.perf_counter()
-    lowered = jitted.lower(*arguments)
+    lowered = jax.jit(function, donate_argnums=donated).lower(*arguments)
     with tempfile.TemporaryDirectory() as folder:
         dump: dict[str, str | bool] = {
             "xla_dump_to": folder,
