@@ -21,14 +21,16 @@ $(VENV)/.examples $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: pyproject.toml
 	$(ENVIRONMENT) '.[$*]'
 	@touch $@
 
-# Others have one of their own: beside the TPU's library or a live torch the ordinary
-# tests are not the same, and what themes ask for is to decide nothing elsewhere.
+# Others have one of their own: beside the TPU's library, CUDA's or a live torch the
+# ordinary tests are not the same, and what themes ask for is to decide nothing elsewhere.
 $(VENV)-bench/.bench $(VENV)-docs/.docs: pyproject.toml
 	$(ENVIRONMENT) '.[$(@F:.%=%)]'
 	@touch $@
 
-$(VENV)-tpu/.test: pyproject.toml
-	$(ENVIRONMENT) . 'jax[tpu]' chex hypothesis pytest
+$(VENV)-tpu/.test: JAX := jax[tpu]
+$(VENV)-gpu/.test: JAX := jax[cuda12-local]
+$(VENV)-tpu/.test $(VENV)-gpu/.test: pyproject.toml
+	$(ENVIRONMENT) . '$(JAX)' chex hypothesis pytest
 	@touch $@
 
 .PHONY: demo
@@ -47,6 +49,11 @@ test-benchmarks: $(VENV)/.test  ## Run the tests of the benchmarks
 .PHONY: test-tpu
 test-tpu: $(VENV)-tpu/.test  ## Ask the TPU compiler, without a TPU
 	$(VENV)-tpu/bin/python -m pytest tests/tpu $(ARGS)
+
+# On the CPU, or the plugin looks for CUDA.
+.PHONY: test-gpu
+test-gpu: $(VENV)-gpu/.test  ## Ask the GPU compiler, without a GPU
+	JAX_PLATFORMS=cpu $(VENV)-gpu/bin/python -m pytest tests/gpu $(ARGS)
 
 BENCHMARKS := step_cost training_loop transformer one_pass rate_sweep
 

@@ -160,6 +160,12 @@ def tpu(session: nox.Session) -> None:
     make(session, "test-tpu", "ARGS=--no-skips")
 
 
+@without_environment
+def gpu(session: nox.Session) -> None:
+    """What the GPU's compiler makes of it."""
+    make(session, "test-gpu", "ARGS=--no-skips")
+
+
 @nox.session(python="3.13")
 def newest(session: nox.Session) -> None:
     """The newest Python, and the newest jax, optax and Flax that it gets.

@@ -62,7 +62,8 @@ def average_iterates(
         `inf` for never; may be traced. Updates are those of this state: an average
         that joins a run later counts from there.
       every: averages every so many-th of them: a whole number of at least 1; may be
-        traced. The steps between do not touch the average.
+        traced. The steps between do not touch the average, where the whole step is
+        jitted and the state donated.
       include_start: whether the parameters after `start` updates, the initial ones
         where `start` is 0, are the first averaged iterate: n = 1, taken whole
         whatever w(1) is. From then on the average is held between the iterates that
@@ -147,9 +148,13 @@ def average_iterates(
 
         if not _checks.is_traced(every) and _checks.concrete(every) == 1:
             return updates, AverageIteratesState(step, averaged, average())
-        # The iterate comes from outside of the branch, so that neither it nor the
-        # average is copied: the steps between cost no more than no averaging.
-        new = jax.lax.cond(due | ~begun, average, lambda: state.average)
+        # The iterate comes from outside of the branch, and the branch that keeps the
+        # average stands before the one that writes it: so neither of them is copied,
+        # and the steps between cost no more than no averaging. A number chooses, for of
+        # a condition XLA on GPUs puts the branch for true first, and jax 0.10's then
+        # copies the average twice. (A 2 is taken for a 1.)
+        index = due.astype(jnp.int32) + ~begun
+        new = jax.lax.switch(index, [lambda: state.average, average])
         return updates, AverageIteratesState(step, averaged, new)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -23,7 +23,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from asgd_optax import asgd
-from benchmarks import tpu_compiler
+from benchmarks import compilers
 
 TOPOLOGY = "v6e:16x16"  # generation and chips
 # A chip's memory bandwidth in bytes per second, as its vendor states it:
@@ -51,7 +51,7 @@ class Plan(NamedTuple):
     parameters: int  # on a chip
     params: int  # bytes of them; the gradients take as many
     average: int  # bytes of it on a chip
-    step: tpu_compiler.Step  # what the compiler says of the update
+    step: compilers.Step  # what the compiler says of the update
     step_time: float  # seconds that `step.moved` takes at the memory's bandwidth
 
 
@@ -106,9 +106,9 @@ def main(topology: str = TOPOLOGY, layers: int = LAYERS, apart: bool = False) ->
 
     With `apart` every layer has leaves of its own; else all layers are stacked in one.
     """
-    if not tpu_compiler.installed():
+    if not compilers.installed("tpu"):
         raise SystemExit("The TPU's compiler is missing: pip install 'jax[tpu]'")
-    devices = tpu_compiler.devices_of(topology)
+    devices = compilers.devices_of(topology)
     bandwidth = BANDWIDTH[topology.partition(":")[0]]
     chips = len(devices)
     # As square as may be.
@@ -123,8 +123,8 @@ def main(topology: str = TOPOLOGY, layers: int = LAYERS, apart: bool = False) ->
         flush=True,  # compiling takes a while
     )
     tx = asgd()
-    state = tpu_compiler.state_like(tx, params)
-    step = tpu_compiler.compile_step(tx, params, state)
+    state = compilers.state_like(tx, params)
+    step = compilers.compile_step(tx, params, state)
     plan = Plan(
         total=total,
         parameters=on_a_chip(params, 1),

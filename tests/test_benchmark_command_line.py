@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-from benchmarks import average_every, harness, tpu_bytes
+from benchmarks import average_every, harness, step_bytes
 from tests.programs import error_of, hide
 
 
-@pytest.mark.parametrize("program", [average_every, tpu_bytes])
+@pytest.mark.parametrize("program", [average_every, step_bytes])
 def test_without_options_there_is_help(program, capsys):
     assert "--speed" in error_of(program.main, ["--speed", "1"], capsys)
     with pytest.raises(SystemExit) as ended:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from benchmarks import tpu_compiler
+from benchmarks import compilers
 from examples import pod_plan
 from tests.programs import command_line_of, error_of
 
@@ -31,7 +31,7 @@ def test_it_is_a_transformer_of_seventy_billion(apart, leaves):
 
 
 def test_a_missing_compiler_is_said_in_one_line(monkeypatch):
-    monkeypatch.setattr(tpu_compiler, "installed", lambda: False)
+    monkeypatch.setattr(compilers, "installed", lambda platform: False)
     with pytest.raises(SystemExit, match=r"pip install 'jax\[tpu\]'"):
         pod_plan.main()
 

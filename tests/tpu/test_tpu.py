@@ -1,58 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the TPU compiler makes of a step, ahead of time: `make test-tpu`."""
 
-import functools
-
 import jax
-import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from asgd_optax import asgd, average_iterates
-from benchmarks import tpu_compiler
+from benchmarks import compilers
 from examples import pod_plan
+from tests.support import LEAST_BYTES
 from tests.transformations import ROWS
 
 # Half a gigabyte of float32: a smaller leaf may be prefetched into vector memory,
 # and its bytes then count several times.
 SIZE = 2**27
 
-# The least bytes a parameter, by how many arrays of its shape the state has: the
-# gradient is read, the parameter and those arrays, all float32, are read and written.
-LEAST = {
-    "float32": {1: 20, 2: 28, 5: 52},
-    "bfloat16": {1: 14, 2: 22, 5: 46},
-}
-
 over_generations = pytest.mark.parametrize(
     "topology", ["v4:2x2x1", "v5e:2x4", "v5p:2x2x1", "v6e:2x2"]
 )
-
-
-@functools.cache
-def mesh_of(topology):
-    return Mesh(np.array(tpu_compiler.devices_of(topology)), ("chips",))
-
-
-def leaf(topology, dtype, size=SIZE):
-    """A parameter sharded over the whole mesh, `size` numbers a chip."""
-    mesh = mesh_of(topology)
-    sharding = NamedSharding(mesh, PartitionSpec("chips"))
-    return jax.ShapeDtypeStruct((size * mesh.size,), dtype, sharding=sharding)
 
 
 @over_generations
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_a_step_is_one_kernel_that_moves_the_least(row, dtype, topology):
-    tx, params = row.make(), leaf(topology, dtype)
-    state = tpu_compiler.state_like(tx, params)
-    step = tpu_compiler.compile_step(tx, params, state)
+    tx, params = row.make(), compilers.leaf(topology, dtype, SIZE)
+    state = compilers.state_like(tx, params)
+    step = compilers.compile_step(tx, params, state)
 
     shapes = [x.shape for x in jax.tree.leaves(state)]
     assert shapes.count(params.shape) == row.arrays
-    least = LEAST[dtype][row.arrays]
+    least = LEAST_BYTES[dtype][row.arrays]
     # With `every` a second kernel, a branch's, reads the iterate that the first wrote.
     branches = "every" in row.options
     assert step.kernels == 1 + branches
@@ -66,9 +44,12 @@ def test_a_step_is_one_kernel_that_moves_the_least(row, dtype, topology):
 
 def test_the_count_of_collectives_finds_one():
     """A norm over the whole mesh is summed across it."""
-    tx, params = optax.clip_by_global_norm(1.0), leaf("v6e:2x2", "float32", 2**20)
-    state = tpu_compiler.state_like(tx, params)
-    assert tpu_compiler.compile_step(tx, params, state).collectives == ["all-reduce"]
+    tx, params = (
+        optax.clip_by_global_norm(1.0),
+        compilers.leaf("v6e:2x2", "float32", 2**20),
+    )
+    state = compilers.state_like(tx, params)
+    assert compilers.compile_step(tx, params, state).collectives == ["all-reduce"]
 
 
 @pytest.mark.parametrize("topology", ["v5e:2x4", "v6e:2x2"])
@@ -79,9 +60,9 @@ def test_an_average_in_host_memory_is_staged_leaf_by_leaf(compensated, every, to
     leaves, size = 24, 2**22
     sgd = optax.sgd(0.1)
     tx = optax.chain(sgd, average_iterates(every=every, compensated=compensated))
-    params = [leaf(topology, "float32", size)] * leaves
-    state = tpu_compiler.state_like(tx, params, host=True)
-    step = tpu_compiler.compile_step(tx, params, state)
+    params = [compilers.leaf(topology, "float32", size)] * leaves
+    state = compilers.state_like(tx, params, host=True)
+    step = compilers.compile_step(tx, params, state)
 
     arrays = 2 if compensated else 1
     assert step.host_arguments == 4 * size * arrays * leaves
@@ -93,9 +74,9 @@ def test_an_average_in_host_memory_is_staged_leaf_by_leaf(compensated, every, to
 
 
 def test_asgd_averages_in_host_memory_too():
-    params = [leaf("v6e:2x2", "bfloat16", 2**22)] * 24
-    state = tpu_compiler.state_like(asgd(), params, host=True)
-    step = tpu_compiler.compile_step(asgd(), params, state)
+    params = [compilers.leaf("v6e:2x2", "bfloat16", 2**22)] * 24
+    state = compilers.state_like(asgd(), params, host=True)
+    step = compilers.compile_step(asgd(), params, state)
     assert step.host_moved == 2 * step.host_arguments == 2 * 4 * 2**22 * 24
     assert step.temporary <= 4 * 4 * 2**22
 
@@ -132,4 +113,4 @@ def test_the_pod_plan_of_layers_apart(topology):
 @pytest.mark.parametrize("topology", ["v6e:3x5", "v6e:square", "v9:2x2"])
 def test_an_unknown_topology_is_refused(topology):
     with pytest.raises(RuntimeError, match="INVALID_ARGUMENT"):
-        tpu_compiler.devices_of(topology)
+        compilers.devices_of(topology)
