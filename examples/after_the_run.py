@@ -11,7 +11,7 @@ import io
 import sysconfig
 import tempfile
 from argparse import SUPPRESS, ArgumentParser
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -88,14 +88,14 @@ def train_step(model: nnx.Module, optimizer: nnx.Optimizer[Any], batch: Any) -> 
     optimizer.update(model, nnx.grad(loss)(model, batch))
 
 
-def average(run: Path, target: Profile, like: Any) -> Any:
+def average(run: Path, target: Profile, read: Any) -> Any:
     """Another average of the run, of those that its checkpoints hold."""
     kept = [(UNIFORM, n) for n in (target.start, target.step) if n]  # exactly
     if target.weighting:  # nearly
         kept = [(part, n) for part in POWERS for n in range(EVERY, STEPS + 1, EVERY)]
     profiles = [Profile(n, KEPT[part]) for part, n in kept]
-    read = (average_checkpoints([run / str(n)], part=k, like=like) for k, n in kept)
-    return combine_averages(read, posthoc_coefficients(profiles, target).coefficients)
+    held = (read((run / str(n),), part=part) for part, n in kept)
+    return combine_averages(held, posthoc_coefficients(profiles, target).coefficients)
 
 
 def main(output: Path = OUTPUT) -> Any:
@@ -104,17 +104,17 @@ def main(output: Path = OUTPUT) -> Any:
     model, optimizer = create(optax.warmup_constant_schedule(0, RATE, WARMUP), seed=0)
     pieces = np.stack([draw_batch(validation, n) for n in range(16)])
     score = nnx.jit(lambda model: jax.lax.map(partial(loss, model), pieces).mean())
-    with tempfile.TemporaryDirectory() as run, ocp.CheckpointManager(run) as manager:
+    with tempfile.TemporaryDirectory() as run, ocp.CheckpointManager(run) as saver:
         for n in tqdm(range(1, STEPS + 1), desc="training"):
             train_step(model, optimizer, draw_batch(training, (0, n)))
             if n % EVERY == 0:
-                state = nnx.state((model, optimizer))
-                manager.save(n, args=ocp.args.StandardSave(state))
-        manager.wait_until_finished()
+                saver.save(n, args=ocp.args.StandardSave(nnx.state((model, optimizer))))
+        saver.wait_until_finished()
         like, iterate, means = nnx.state(model), float(score(model)), {}
+        read = cache(partial(average_checkpoints, like=like))  # small: each once
 
         def tried(*profile: Any) -> float:
-            nnx.update(model, average(Path(run), Profile(*profile), like))
+            nnx.update(model, average(Path(run), Profile(*profile), read))
             return float(score(model))
 
         for end in tqdm(range(4 * EVERY, STEPS + 1, 4 * EVERY), desc="means"):

@@ -29,8 +29,8 @@ def iterates_and_averages(monkeypatch, tmp_path):
         train_step(model, optimizer, batch)
         models.append(leaves(nnx.state(model)))
 
-    def kept(run, target, like):
-        averages[target] = average(run, target, like)
+    def kept(run, target, read):
+        averages[target] = average(run, target, read)
         return averages[target]
 
     monkeypatch.setattr(after_the_run, "train_step", recorded)
