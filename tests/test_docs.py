@@ -89,6 +89,18 @@ def test_code(blocks, monkeypatch, tmp_path):
             assert np.isfinite(leaf).all()
 
 
+def test_the_pilot_is_an_average():
+    """JAX traces a function once: a start that is changed afterwards does nothing."""
+    names = {}
+    for block in blocks_of(ROOT / "docs" / "guides" / "confidence_intervals.md")[:3]:
+        exec(block.compiled(), names)
+    (w, (_, scaling)), pilot = names["run"], names["pilot"]
+    assert int(scaling.averaged) == 1000
+    np.testing.assert_array_equal(pilot, scaling.average.value)
+    assert not np.array_equal(pilot, w)
+    assert abs(names["estimate"] - 2) < names["half"] < 0.05
+
+
 def test_every_block_is_found():
     """Whatever opens as one runs above, also where it does not close as it should."""
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
