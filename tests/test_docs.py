@@ -101,6 +101,31 @@ def test_the_pilot_is_an_average():
     assert abs(names["estimate"] - 2) < names["half"] < 0.05
 
 
+def names_in(node, context):
+    names = (n for n in ast.walk(node) if isinstance(n, ast.Name))
+    return {name.id for name in names if isinstance(name.ctx, context)}
+
+
+@pytest.mark.parametrize("blocks", programs())
+def test_no_function_is_used_after_what_it_reads_was_bound_anew(blocks):
+    """JAX would go on with the trace of what was bound before."""
+    body = [node for block in blocks for node in ast.parse(block.text).body]
+    for i, function in enumerate(body):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        own = names_in(function, ast.Store)
+        own |= {node.arg for node in ast.walk(function) if isinstance(node, ast.arg)}
+        reads, changed = names_in(function, ast.Load) - own, set()
+        for node in body[i + 1 :]:
+            if isinstance(node, ast.FunctionDef):
+                continue
+            if function.name in names_in(node, ast.Load):
+                assert not changed, f"{function.name}: {ast.unparse(node)}"
+            if function.name in names_in(node, ast.Store):
+                break
+            changed |= names_in(node, ast.Store) & reads
+
+
 def test_every_block_is_found():
     """Whatever opens as one runs above, also where it does not close as it should."""
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
