@@ -81,7 +81,8 @@ def update_scaling(
       start: so many iterates are not averaged.
     """
     step = optax.safe_increment(jnp.asarray(state.step))
-    averaged = jnp.maximum(step - split_count(start)[0], 0)
+    # A traced start is not checked: of a negative one all are averaged, no more.
+    averaged = jnp.clip(step - split_count(start)[0], 0, step)
     n = jnp.maximum(averaged, 1).astype(jnp.result_type(float))
     average = _averaging.update_mean(state.average, iterates, 1 / n)
     # n^2 over 1 + 4 + … + n^2. At n = 1 it is 1: all begins anew.

@@ -54,7 +54,8 @@ def running_random_scaling(*, start: ArrayLike = 0) -> RunningRandomScaling:
 
     Raises:
       TypeError: a `start` that is no number; a leaf that is not real floating, or of
-        fewer than 16 bits; from `interval`, a level that is no number.
+        fewer than 16 bits; a state that is no `RandomScalingState`; from `interval`, a
+        level that is no number.
       ValueError: a concrete `start` that is negative, NaN or not whole; from
         `update`, a tree whose structure, shapes or dtypes are not the state's (16-bit
         floats are float32 there); from `interval`, a level outside of (0, 1), or

@@ -89,6 +89,43 @@ def test_code(blocks, monkeypatch, tmp_path):
             assert np.isfinite(leaf).all()
 
 
+def test_the_pilot_is_an_average():
+    """JAX traces a function once: a start that is changed afterwards does nothing."""
+    names = {}
+    for block in blocks_of(ROOT / "docs" / "guides" / "confidence_intervals.md")[:3]:
+        exec(block.compiled(), names)
+    (w, (_, scaling)), pilot = names["run"], names["pilot"]
+    assert int(scaling.averaged) == 1000
+    np.testing.assert_array_equal(pilot, scaling.average.value)
+    assert not np.array_equal(pilot, w)
+    assert abs(names["estimate"] - 2) < names["half"] < 0.05
+
+
+def names_in(node, context):
+    names = (n for n in ast.walk(node) if isinstance(n, ast.Name))
+    return {name.id for name in names if isinstance(name.ctx, context)}
+
+
+@pytest.mark.parametrize("blocks", programs())
+def test_no_function_is_used_after_what_it_reads_was_bound_anew(blocks):
+    """JAX would go on with the trace of what was bound before."""
+    body = [node for block in blocks for node in ast.parse(block.text).body]
+    for i, function in enumerate(body):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        own = names_in(function, ast.Store)
+        own |= {node.arg for node in ast.walk(function) if isinstance(node, ast.arg)}
+        reads, changed = names_in(function, ast.Load) - own, set()
+        for node in body[i + 1 :]:
+            if isinstance(node, ast.FunctionDef):
+                continue
+            if function.name in names_in(node, ast.Load):
+                assert not changed, f"{function.name}: {ast.unparse(node)}"
+            if function.name in names_in(node, ast.Store):
+                break
+            changed |= names_in(node, ast.Store) & reads
+
+
 def test_every_block_is_found():
     """Whatever opens as one runs above, also where it does not close as it should."""
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]

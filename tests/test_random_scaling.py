@@ -595,6 +595,13 @@ def test_streams_at_once_equal_one_by_one():
         chex.assert_trees_all_close(ends, confidence_interval(one), rtol=1e-5)
 
 
+def test_a_traced_start_that_is_negative():
+    """It cannot be refused; what `init` was given is still not taken in."""
+    stream = jnp.asarray(np.random.default_rng(0).standard_normal((9, 2)), "float32")
+    feed_from = jax.jit(lambda start: feed(stream + 9, start=start))
+    assert bits(feed_from(-3)) == bits(feed(stream + 9))
+
+
 def test_numbers_that_are_no_jax_arrays():
     """NumPy's and Python's own, with a jit and without; under x64 too."""
     for wide in (False, True):
