@@ -12,6 +12,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+# The file that tells of the leaves, beside them.
+_METADATA = "_METADATA"
 # What Orbax calls an item that was given no name.
 _UNNAMED = "default"
 
@@ -149,17 +151,26 @@ def read(part: Part, like: Any = None) -> Any:
 
 
 def write(folder: Path, tree: Any) -> None:
-    """Saves a tree in a folder that is not there yet."""
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        checkpointer.save(folder, args=ocp.args.PyTreeSave(tree))
+    """Saves a tree in a folder that is not there yet.
+
+    Raises:
+      ValueError: Orbax does not save it: an empty tree, say, or a full disk.
+    """
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            checkpointer.save(folder, args=ocp.args.PyTreeSave(tree))
+    except Exception as error:
+        raise ValueError(f"Orbax cannot save it: {error}") from error
 
 
 def steps_of(run: str | os.PathLike[str]) -> dict[int, Path]:
     """The finished steps in a run's folder, ascending, by whatever names Orbax reads.
 
     Raises:
-      ValueError: two folders of one step.
+      ValueError: a folder that is a checkpoint itself, or two of one step.
     """
+    if Path(run, _METADATA).exists():
+        raise ValueError(f"{run} is one checkpoint, not a folder of steps")
     steps: dict[int, Path] = {}
     for path in ocp.utils.checkpoint_steps_paths(os.path.abspath(run)):
         step = ocp.utils.step_from_checkpoint_name(path.name)
@@ -171,14 +182,15 @@ def steps_of(run: str | os.PathLike[str]) -> dict[int, Path]:
 
 def _item(path: Any, keys: tuple[str, ...]) -> tuple[Any, tuple[str, ...]]:
     """The folder with the tree that the first key may name, and the keys in it."""
-    metadata = "_METADATA"
-    if (path / metadata).exists():
+    if (path / _METADATA).exists():
         return path, keys
-    items = sorted(x.name for x in path.iterdir() if (x / metadata).exists())
+    items = sorted(x.name for x in path.iterdir() if (x / _METADATA).exists())
     if keys and keys[0] in items and keys[0] != _UNNAMED:
         return path / keys[0], keys[1:]
     if not items:
-        raise ValueError(f"{path} is no checkpoint: it has no {metadata} file of Orbax")
+        raise ValueError(
+            f"{path} is no checkpoint: it has no {_METADATA} file of Orbax"
+        )
     if len(items) > 1:
         raise ValueError(
             f"{path} has several items, {', '.join(map(repr, items))}: the first key of"

@@ -198,3 +198,10 @@ def _key_data(leaf: Any) -> Any:
     if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
         return leaf
     return np.asarray(jax.random.key_data(leaf))
+
+
+if __name__ == "__main__":
+    # By a module of its own: this one is imported by it, under its own name.
+    from asgd_optax._average_command import run
+
+    run()
