@@ -26,6 +26,8 @@ NEED_FLAX = [
     "asgd_optax/_batch_norm_nnx.py",
     "asgd_optax/_orbax_checkpoints.py",
     "asgd_optax/checkpoints.py",
+    "tests/test_average_checkpoints.py",
+    "tests/test_average_command.py",
     "tests/test_checkpoint.py",
     "tests/test_flax.py",
     "tests/test_host_memory.py",

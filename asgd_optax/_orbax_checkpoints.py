@@ -146,8 +146,14 @@ def read(part: Part, like: Any = None) -> Any:
     if like is None:
         return jax.tree.map(_to_host, found, part.subtree())
     values = ocp.tree.to_flat_dict(found)
-    placed = {keys: _placed(values[keys], x) for keys, x in targets.items()}
-    return ocp.tree.from_flat_dict(placed, target=like)
+    for keys, target in targets.items():
+        if _is_key(target) and not _is_key(values[keys]):
+            leaf = repr("/".join(part.keys + keys))
+            raise ValueError(
+                f"like: {leaf} is a key of random numbers, that of {part.path} is none"
+            )
+        values[keys] = _placed(values[keys], target)
+    return ocp.tree.from_flat_dict(values, target=like)
 
 
 def write(folder: Path, tree: Any) -> None:

@@ -16,7 +16,7 @@ import optax
 from jax.typing import ArrayLike
 
 from asgd_optax._checks import check_count
-from asgd_optax._combine_averages import combine_averages
+from asgd_optax._combine_averages import checked_coefficients, combine_averages
 
 _DECAYS: dict[str, Callable[[float], float]] = {
     "linear": lambda x: 1 - x,
@@ -163,10 +163,10 @@ def combined_checkpoints(
         raise ValueError("paths must be one or more; got none")
     if coefficients is None:
         coefficients = np.full(len(paths), 1 / len(paths))
-    elif np.shape(coefficients) != (len(paths),):
+    numbers = np.array(checked_coefficients(coefficients))
+    if len(numbers) != len(paths):
         raise ValueError(
-            f"there are {len(paths)} paths, and coefficients of shape"
-            f" {np.shape(coefficients)}"
+            f"there are {len(paths)} paths, and {len(numbers)} coefficients"
         )
     orbax = orbax_checkpoints()
     keys = orbax.keys_of(part)
@@ -176,7 +176,7 @@ def combined_checkpoints(
     if like is not None:
         orbax.check_target(like, parts[0])
     return combine_averages(
-        (orbax.read(found, like) for found in progress(parts)), coefficients
+        (orbax.read(found, like) for found in progress(parts)), numbers
     )
 
 
