@@ -8,9 +8,9 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -73,12 +73,16 @@ def average(
     """
     from tqdm import tqdm
 
-    tree = checkpoints.combined_checkpoints(
-        paths,
-        coefficients,
-        part=part,
-        progress=lambda found: tqdm(found, desc="averaging", unit="checkpoint"),
-    )
+    with tqdm(total=len(paths), desc="averaging", unit="checkpoint") as bar:
+
+        def progress(parts: Iterable[Any]) -> Iterator[Any]:
+            for found in parts:
+                yield found
+                bar.update()
+
+        tree = checkpoints.combined_checkpoints(
+            paths, coefficients, part=part, progress=progress
+        )
     made_from = {
         "checkpoints": [os.path.abspath(path) for path in paths],
         "coefficients": coefficients.tolist(),

@@ -153,7 +153,7 @@ def combined_checkpoints(
     *,
     part: str | Sequence[Any] | None = None,
     like: Any = None,
-    progress: Callable[[list[Any]], Iterable[Any]] = iter,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Any:
     """`average_checkpoints`, whose keys of random numbers stay such on the host."""
     if isinstance(paths, str | os.PathLike):
