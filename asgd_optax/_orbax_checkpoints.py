@@ -179,7 +179,8 @@ def steps_of(run: str | os.PathLike[str]) -> dict[int, Path]:
         raise ValueError(f"{run} is one checkpoint, not a folder of steps")
     steps: dict[int, Path] = {}
     for path in ocp.utils.checkpoint_steps_paths(os.path.abspath(run)):
-        step = ocp.utils.step_from_checkpoint_name(path.name)
+        # A number, or what ends in an underscore and one.
+        step = int(path.name.rpartition("_")[2])
         if step in steps:
             raise ValueError(f"{steps[step]} and {path} are the same step")
         steps[step] = Path(path)
