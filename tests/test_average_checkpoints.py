@@ -3,8 +3,10 @@
 
 import json
 import os
+import platform
 import re
 import shutil
+import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -503,6 +505,43 @@ def test_one_checkpoint_at_a_time_is_held(run, monkeypatch):
         average_checkpoints(paths, like=like)
         assert all(ref() is None for ref in earlier)
     assert len(earlier) == 12
+
+
+if platform.libc_ver()[0] == "glibc":
+
+    def test_memory_does_not_grow_with_the_checkpoints(tmp_path):
+        """Arrays of 4 MiB: what glibc keeps of them, unless it is asked."""
+        program = """
+import sys
+from pathlib import Path
+from asgd_optax.checkpoints import average_checkpoints
+
+def peak():
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+large, small = ([Path(folder)] for folder in sys.argv[1:])
+average_checkpoints(small)
+before = peak()
+average_checkpoints(large)
+one = peak() - before
+average_checkpoints(large * 12)
+print(one, peak() - before)
+"""
+        numbers = np.random.default_rng(0).random((16, 2**20), np.float32)
+        large = {f"leaf {n}": row for n, row in enumerate(numbers)}
+        small = {name: row[:1000] for name, row in large.items()}
+        paths = [save(tmp_path / "large", large), save(tmp_path / "small", small)]
+        out = subprocess.run(
+            [sys.executable, "-c", program, *paths],
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+            stdout=subprocess.PIPE,
+            check=True,
+        ).stdout
+        one, twelve = (int(number) / numbers.nbytes for number in out.split())
+        # The sum, in float64, is twice what one is; reading takes up to twice as much.
+        assert one > 3
+        assert twelve < 5.5
 
 
 def test_without_orbax(run, monkeypatch):
