@@ -24,6 +24,7 @@ NEED_FLAX = [
     "asgd_optax/flax.py",
     "asgd_optax/_batch_norm_linen.py",
     "asgd_optax/_batch_norm_nnx.py",
+    "asgd_optax/_combine_checkpoints.py",
     "asgd_optax/_orbax_checkpoints.py",
     "asgd_optax/checkpoints.py",
     "tests/test_average_checkpoints.py",

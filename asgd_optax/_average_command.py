@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
-from asgd_optax import checkpoints
+from asgd_optax._checks import needs
+from asgd_optax.checkpoints import decay_coefficients
 
 _WEIGHTS = ("uniform", "linear", "cosine", "minus-sqrt")
 # Orbax takes what is named so for a save that was cut off: no step, nor a checkpoint.
@@ -50,8 +51,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = _parser()
     arguments = parser.parse_intermixed_args(argv)
     try:
-        orbax = checkpoints.orbax_checkpoints()
-        steps = _steps(parser, arguments, orbax.steps_of)
+        with needs("checkpoints"):
+            from asgd_optax._orbax_checkpoints import steps_of
+        steps = _steps(parser, arguments, steps_of)
         coefficients = _coefficients(parser, arguments.weights, len(steps))
         output = _checked_output(parser, arguments.output)
         average(list(steps.values()), coefficients, arguments.part, output)
@@ -71,7 +73,11 @@ def average(
       ValueError: what `average_checkpoints` refuses, or what Orbax does not save.
       FileExistsError: the folder is there by now.
     """
-    from tqdm import tqdm
+    with needs("checkpoints"):
+        from tqdm import tqdm
+
+        from asgd_optax import _orbax_checkpoints
+        from asgd_optax._combine_checkpoints import combine_checkpoints
 
     with tqdm(total=len(paths), desc="averaging", unit="checkpoint") as bar:
 
@@ -80,16 +86,14 @@ def average(
                 yield found
                 bar.update()
 
-        tree = checkpoints.combined_checkpoints(
-            paths, coefficients, part=part, progress=progress
-        )
+        tree = combine_checkpoints(paths, coefficients, part=part, progress=progress)
     made_from = {
         "checkpoints": [os.path.abspath(path) for path in paths],
         "coefficients": coefficients.tolist(),
         "part": part,
     }
     with _renamed_into_place(output) as folder:
-        checkpoints.orbax_checkpoints().write(folder, tree)
+        _orbax_checkpoints.write(folder, tree)
         (folder / "averaged_from.json").write_text(
             json.dumps(made_from, indent=2) + "\n", encoding="utf-8"
         )
@@ -218,7 +222,7 @@ def _coefficients(parser: _Parser, weights: str | np.ndarray, n: int) -> np.ndar
     if isinstance(weights, str):
         if weights == "uniform":
             return np.full(n, 1 / n)
-        return checkpoints.decay_coefficients(n, weights.replace("-", "_"))
+        return decay_coefficients(n, weights.replace("-", "_"))
     if len(weights) != n:
         parser.error(f"argument --weights: {len(weights)} numbers, and {n} steps")
     return weights

@@ -4,11 +4,9 @@
 Needs Orbax to read them. Not imported by `asgd_optax`, which does without it.
 """
 
-import contextlib
-import ctypes
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,8 +15,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from asgd_optax._checks import check_count
-from asgd_optax._combine_averages import checked_coefficients, combine_averages
+from asgd_optax._checks import check_count, needs
 
 _DECAYS: dict[str, Callable[[float], float]] = {
     "linear": lambda x: 1 - x,
@@ -144,69 +141,11 @@ def average_checkpoints(
       >>> average_checkpoints([run / "100", run / "200"], [-4, 5], part="params/w")
       array([11., 11.], dtype=float32)
     """
-    on_host = like is None
-    tree = combined_checkpoints(paths, coefficients, part=part, like=like)
-    return jax.tree.map(_key_data, tree) if on_host else tree
+    with needs("checkpoints"):
+        from asgd_optax._combine_checkpoints import combine_checkpoints
 
-
-def combined_checkpoints(
-    paths: Sequence[str | os.PathLike[str]],
-    coefficients: ArrayLike | None = None,
-    *,
-    part: str | Sequence[Any] | None = None,
-    like: Any = None,
-    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
-) -> Any:
-    """`average_checkpoints`, whose keys of random numbers stay such on the host."""
-    if isinstance(paths, str | os.PathLike):
-        raise TypeError(f"paths must be several; got {paths!r}")
-    paths = list(paths)
-    if not paths:
-        raise ValueError("paths must be one or more; got none")
-    if coefficients is None:
-        coefficients = np.full(len(paths), 1 / len(paths))
-    numbers = np.array(checked_coefficients(coefficients))
-    if len(numbers) != len(paths):
-        raise ValueError(
-            f"there are {len(paths)} paths, and {len(numbers)} coefficients"
-        )
-    orbax = orbax_checkpoints()
-    keys = orbax.keys_of(part)
-    parts = [orbax.find_part(path, keys) for path in paths]
-    for other in parts[1:]:
-        orbax.check_alike(other, parts[0])
-    if like is not None:
-        orbax.check_target(like, parts[0])
-
-    def one_by_one() -> Iterator[Any]:
-        for found in progress(parts):
-            yield orbax.read(found, like)
-            _return_freed_memory()
-
-    return combine_averages(one_by_one(), numbers)
-
-
-def _return_freed_memory() -> None:
-    """Hands back to the system what was freed, where the allocator is glibc's.
-
-    It keeps what is smaller than 32 MiB for the thread that had it, and Orbax reads in
-    other threads each time: with more checkpoints it would keep more and more.
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def orbax_checkpoints() -> Any:
-    """The module that reads them: imported where it is needed, as Orbax is an extra."""
-    try:
-        from asgd_optax import _orbax_checkpoints
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"asgd_optax.checkpoints needs {error.name}:"
-            " pip install 'asgd_optax[checkpoints]'",
-            name=error.name,
-        ) from error
-    return _orbax_checkpoints
+    tree = combine_checkpoints(paths, coefficients, part=part, like=like)
+    return tree if like is not None else jax.tree.map(_key_data, tree)
 
 
 def _key_data(leaf: Any) -> Any:

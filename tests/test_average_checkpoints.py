@@ -20,10 +20,10 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+import asgd_optax
 from asgd_optax import average_iterates, averaged_params
-from asgd_optax import checkpoints as checkpoints_module
 from asgd_optax._orbax_checkpoints import read
-from asgd_optax.checkpoints import average_checkpoints
+from asgd_optax.checkpoints import average_checkpoints, decay_coefficients
 from tests.support import bits
 
 COEFFICIENTS = [0.5, -1.25, 1.75]
@@ -514,7 +514,7 @@ if platform.libc_ver()[0] == "glibc":
         program = """
 import sys
 from pathlib import Path
-from asgd_optax.checkpoints import average_checkpoints
+from asgd_optax.checkpoints import average_checkpoints, decay_coefficients
 
 def peak():
     status = Path("/proc/self/status").read_text()
@@ -545,11 +545,12 @@ print(one, peak() - before)
 
 
 def test_without_orbax(run, monkeypatch):
-    paths, _ = run
-    monkeypatch.delitem(sys.modules, "asgd_optax._orbax_checkpoints", raising=False)
-    monkeypatch.delattr("asgd_optax._orbax_checkpoints", raising=False)
+    """The error says what to install; the coefficients do without."""
+    for name in ("_combine_checkpoints", "_orbax_checkpoints"):
+        monkeypatch.delitem(sys.modules, f"asgd_optax.{name}", raising=False)
+        monkeypatch.delattr(asgd_optax, name, raising=False)
     monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
-    message = re.escape("pip install 'asgd_optax[checkpoints]'")
-    with pytest.raises(ModuleNotFoundError, match=message):
-        average_checkpoints(paths)
-    assert len(checkpoints_module.decay_coefficients(3)) == 3
+    message = "needs orbax.checkpoint: pip install 'asgd_optax[checkpoints]'"
+    with pytest.raises(ModuleNotFoundError, match=re.escape(message)):
+        average_checkpoints(run[0])
+    assert len(decay_coefficients(3)) == 3

@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+import asgd_optax
 from asgd_optax import _orbax_checkpoints
 from asgd_optax._average_command import main
 from asgd_optax.checkpoints import average_checkpoints, decay_coefficients
@@ -399,6 +400,15 @@ _average_command.run()
         ended = subprocess.run(command, env=ENVIRONMENT, capture_output=True)
         assert ended.returncode == 128 + signal.SIGTERM, ended.stderr
         assert not os.listdir(tmp_path)
+
+
+def test_without_orbax(run, tmp_path, monkeypatch, capsys):
+    for name in ("_combine_checkpoints", "_orbax_checkpoints"):
+        monkeypatch.delitem(sys.modules, f"asgd_optax.{name}", raising=False)
+        monkeypatch.delattr(asgd_optax, name, raising=False)
+    monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
+    said = refused(capsys, 1, run, "--output", tmp_path / "x")
+    assert "pip install 'asgd_optax[checkpoints]'" in said
 
 
 if hasattr(os, "fork"):
