@@ -103,6 +103,18 @@ def check_alike(part: Part, first: Part) -> None:
 def check_target(like: Any, part: Part) -> None:
     """Raises unless `like` has the leaves that lie on the disk; names the leaf."""
     leaves = ocp.tree.to_flat_dict(like)
+    for keys, leaf in leaves.items():
+        # What Orbax would cast without a word.
+        if (
+            not _is_key(leaf)
+            and getattr(leaf, "sharding", None) is not None
+            and jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype
+        ):
+            name = repr("/".join(part.keys + keys))
+            raise ValueError(
+                f"like: {name} is {leaf.dtype}, of which JAX makes no arrays unless"
+                " jax_enable_x64 is set"
+            )
     kinds = {keys: _kind_in_memory(leaf) for keys, leaf in leaves.items()}
     _check_fits("like", kinds, part)
 
@@ -297,10 +309,12 @@ def _onto(target: Any) -> ocp.RestoreArgs:
 
 
 def _placed(value: Any, target: Any) -> Any:
+    """A value that was read, as the kind of array that its target is."""
+    sharding = getattr(target, "sharding", None)
     if _is_key(value) and not _is_key(target):
         value = jax.random.key_data(value)
-        sharding = getattr(target, "sharding", None)
-        if sharding is None:
-            return np.asarray(value)
-        return jax.device_put(value, sharding)
-    return value
+        if sharding is not None:
+            return jax.device_put(value, sharding)
+    if sharding is None and not isinstance(target, str):
+        value = np.asarray(value)
+    return value[()] if np.isscalar(target) and not isinstance(target, str) else value

@@ -24,7 +24,7 @@ import asgd_optax
 from asgd_optax import average_iterates, averaged_params
 from asgd_optax._orbax_checkpoints import read
 from asgd_optax.checkpoints import average_checkpoints, decay_coefficients
-from tests.support import bits
+from tests.support import bits, enable_x64
 
 COEFFICIENTS = [0.5, -1.25, 1.75]
 
@@ -330,6 +330,8 @@ def test_targets_of_many_kinds(run):
     assert type(found["params"]["float16"]) is np.ndarray
     assert type(found["state"][1]["float64"]) is np.ndarray
     assert found["rng"]["typed"].dtype == jax.random.key(0).dtype
+    assert type(found["rate"]) is np.float64
+    assert type(found["count"]) is np.int64
     found["rng"]["typed"] = jax.random.key_data(found["rng"]["typed"])
     assert_average(found, trees)
 
@@ -383,6 +385,21 @@ def test_a_target_is_not_padded_nor_cut_nor_cast(tmp_path):
     for like in (jnp.ones((4, 8)), jnp.ones((2, 4)), jnp.ones((4, 4), jnp.bfloat16)):
         with pytest.raises(ValueError, match="like: 'w' has"):
             average_checkpoints([path], like={"w": like})
+
+
+def test_a_target_of_64_bits(tmp_path):
+    """Of NumPy, or refused where JAX would make 32 of them."""
+    path = save(tmp_path / "1", {"w": np.arange(3.0)})
+    sharding = SingleDeviceSharding(jax.devices()[0])
+    like = {"w": jax.ShapeDtypeStruct((3,), np.float64, sharding=sharding)}
+    with pytest.raises(ValueError, match="like: 'w' is float64, of which JAX makes no"):
+        average_checkpoints([path], like=like)
+    with enable_x64(True):
+        found = average_checkpoints([path], like=like)["w"]
+        assert isinstance(found, jax.Array)
+        assert found.dtype == np.float64
+    like = {"w": jax.ShapeDtypeStruct((3,), np.float64)}
+    assert average_checkpoints([path], like=like)["w"].dtype == np.float64
 
 
 def test_a_key_is_not_made_of_integers(tmp_path):
