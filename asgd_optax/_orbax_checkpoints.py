@@ -284,10 +284,7 @@ def _on_host(leaf: Any) -> ocp.RestoreArgs:
         return ocp.RestoreArgs(restore_type=str)
     if leaf.dtype == np.uint32:
         # It may be a key of random numbers, which is told when it is restored as one.
-        device = jax.local_devices()[0]
-        return ocp.ArrayRestoreArgs(
-            restore_type=jax.Array, sharding=jax.sharding.SingleDeviceSharding(device)
-        )
+        return _onto_one_device()
     return ocp.RestoreArgs(restore_type=np.ndarray)
 
 
@@ -302,19 +299,26 @@ def _onto(target: Any) -> ocp.RestoreArgs:
     if isinstance(target, str):
         return ocp.RestoreArgs(restore_type=str)
     sharding = getattr(target, "sharding", None)
+    if sharding is None and _is_key(target):
+        return _onto_one_device()
     if sharding is None:
         return ocp.RestoreArgs(restore_type=np.ndarray)
     # Shape and dtype are compared already; that of a key is not what lies there.
     return ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=sharding)
 
 
+def _onto_one_device() -> ocp.RestoreArgs:
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=sharding)
+
+
 def _placed(value: Any, target: Any) -> Any:
     """A value that was read, as the kind of array that its target is."""
+    if isinstance(target, str) or _is_key(target):
+        return value
     sharding = getattr(target, "sharding", None)
-    if _is_key(value) and not _is_key(target):
-        value = jax.random.key_data(value)
-        if sharding is not None:
-            return jax.device_put(value, sharding)
-    if sharding is None and not isinstance(target, str):
-        value = np.asarray(value)
-    return value[()] if np.isscalar(target) and not isinstance(target, str) else value
+    if _is_key(value):
+        value = jax.device_put(jax.random.key_data(value), sharding)
+    if sharding is not None:
+        return value
+    return np.asarray(value)[()] if np.isscalar(target) else np.asarray(value)

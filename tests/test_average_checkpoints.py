@@ -335,11 +335,20 @@ def test_targets_of_many_kinds(run):
     found["rng"]["typed"] = jax.random.key_data(found["rng"]["typed"])
     assert_average(found, trees)
 
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    found = average_checkpoints(paths, part="rng/typed", like=key)
+    assert bits(jax.random.key_data(found)) == bits(np.array([0, 2], np.uint32))
+
     like = {"typed": np.zeros(2, np.uint32), "raw": jnp.zeros(2, jnp.uint32)}
     found = average_checkpoints(paths, part="rng", like=like)
     assert bits(found["typed"]) == bits(np.array([0, 2], np.uint32))
     assert isinstance(found["typed"], np.ndarray)
     assert isinstance(found["raw"], jax.Array)
+    like = {"typed": jax.device_put(like["raw"], sharding), "raw": like["typed"]}
+    found = average_checkpoints(paths, part="rng", like=like)
+    assert found["typed"].sharding == sharding
+    assert bits(found["typed"]) == bits(np.array([0, 2], np.uint32))
+    assert isinstance(found["raw"], np.ndarray)
 
 
 SAVED = {"a": np.ones((2, 3), np.float32), "b": [np.ones(2), np.arange(2)], "c": 1.5}
