@@ -64,6 +64,12 @@ def test_the_merge_is_what_the_decayed_rate_would_have_given():
     )
 
 
+def test_the_sum_is_one_where_the_function_is_so_but_for_rounding():
+    found = decay_coefficients(4, lambda x: (1 - x) * (1 + 5e-7))
+    assert abs(math.fsum(found) - 1) < 1e-15
+    np.testing.assert_allclose(found[1:], 0.25 * (1 + 5e-7), rtol=1e-12)
+
+
 def test_functions_of_many_kinds():
     """Whole numbers, fractions of 32 bits, a rate that is held for a while."""
     held = decay_coefficients(4, lambda x: 1 if x < 0.6 else 0)
