@@ -8,9 +8,9 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -79,12 +79,11 @@ def average(
         from asgd_optax import _orbax_checkpoints
         from asgd_optax._combine_checkpoints import combine_checkpoints
 
-    with tqdm(total=len(paths), desc="averaging", unit="checkpoint") as bar:
+    with tqdm(desc="averaging", unit="B", unit_scale=True, unit_divisor=1024) as bar:
 
-        def progress(parts: Iterable[Any]) -> Iterator[Any]:
-            for found in parts:
-                yield found
-                bar.update()
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
 
         tree = combine_checkpoints(paths, coefficients, part=part, progress=progress)
     made_from = {

@@ -200,8 +200,10 @@ class _NumpySum:
         flat = _flat(leaf)
         narrow = jnp.finfo(flat.dtype).nmant < np.finfo(np.float64).nmant
         wide = np.dtype(np.float64) if narrow else flat.dtype
-        self.total = np.zeros(flat.shape, wide)
-        self.rest = None if narrow else np.zeros(flat.shape, wide)
+        # Not by `zeros`, to whom memory comes in small pages: it may take longer to get
+        # than the sum takes.
+        self.total = np.full(flat.shape, 0, wide)
+        self.rest = None if narrow else np.full(flat.shape, 0, wide)
 
     def add(self, number: float, leaf: Any) -> None:
         flat = _flat(leaf)

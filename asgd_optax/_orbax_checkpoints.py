@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parts of Orbax checkpoints: found and compared by metadata, then read alone."""
 
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,10 @@ from etils import epath
 _METADATA = "_METADATA"
 # What Orbax calls an item that was given no name.
 _UNNAMED = "default"
+
+
+# From the root of a tree to a leaf of it.
+Keys = tuple[str, ...]
 
 
 class Kind(NamedTuple):
@@ -37,19 +42,19 @@ class Part(NamedTuple):
 
     path: Any
     folder: Any
-    keys: tuple[str, ...]
+    keys: Keys
     tree: Any
 
     def subtree(self) -> Any:
         return _at(self.tree, self.keys)
 
-    def kinds(self) -> dict[tuple[str, ...], Kind]:
+    def kinds(self) -> dict[Keys, Kind]:
         """The leaves by their keys below the part's."""
         leaves = ocp.tree.to_flat_dict(self.subtree())
         return {keys: _kind_on_disk(leaf) for keys, leaf in leaves.items()}
 
 
-def keys_of(part: str | Sequence[Any] | None) -> tuple[str, ...]:
+def keys_of(part: str | Sequence[Any] | None) -> Keys:
     """The keys that `part` names."""
     if part is None:
         return ()
@@ -59,7 +64,7 @@ def keys_of(part: str | Sequence[Any] | None) -> tuple[str, ...]:
     return tuple(map(str, keys))
 
 
-def find_part(path: str | os.PathLike[str], keys: tuple[str, ...]) -> Part:
+def find_part(path: str | os.PathLike[str], keys: Keys) -> Part:
     """Reads a checkpoint's metadata.
 
     Raises:
@@ -72,7 +77,7 @@ def find_part(path: str | os.PathLike[str], keys: tuple[str, ...]) -> Part:
     return _find(epath.Path(where if "://" in where else os.path.abspath(where)), keys)
 
 
-def _find(path: Any, keys: tuple[str, ...]) -> Part:
+def _find(path: Any, keys: Keys) -> Part:
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     if not path.is_dir():
@@ -100,8 +105,8 @@ def check_alike(part: Part, first: Part) -> None:
     _check_fits(f"{part.path}", part.kinds(), first)
 
 
-def check_target(like: Any, part: Part) -> None:
-    """Raises unless `like` has the leaves that lie on the disk; names the leaf."""
+def check_target(like: Any, part: Part) -> dict[Keys, Any]:
+    """The leaves of `like`; raises unless they are those on the disk, naming one."""
     leaves = ocp.tree.to_flat_dict(like)
     for keys, leaf in leaves.items():
         # What Orbax would cast without a word.
@@ -117,55 +122,75 @@ def check_target(like: Any, part: Part) -> None:
             )
     kinds = {keys: _kind_in_memory(leaf) for keys, leaf in leaves.items()}
     _check_fits("like", kinds, part)
+    return leaves
 
 
-def read(part: Part, like: Any = None) -> Any:
-    """Reads a part, and no other leaf.
+def read(
+    part: Part, leaves: Collection[Keys], targets: Mapping[Keys, Any] | None = None
+) -> dict[Keys, Any]:
+    """Reads leaves of a part, and no others.
 
     Args:
       part: as `find_part` found it.
-      like: what to restore onto, checked already; without it the leaves are NumPy's,
+      leaves: their keys below the part's.
+      targets: what to restore them onto, checked already; without it they are NumPy's,
         but for keys of random numbers.
 
     Raises:
       ValueError: it cannot be read; names the path.
     """
-    leaves = ocp.tree.to_flat_dict(part.subtree())
-    if like is None:
-        arguments = {keys: _on_host(leaf) for keys, leaf in leaves.items()}
-    else:
-        targets = ocp.tree.to_flat_dict(like)
-        arguments = {keys: _onto(targets[keys]) for keys in leaves}
-    if not leaves:
-        return part.subtree() if like is None else like
-
-    def wanted(keys: tuple[str, ...]) -> bool:
-        return keys[: len(part.keys)] == part.keys
-
-    def argument(keys: tuple[str, ...]) -> Any:
-        return arguments[keys[len(part.keys) :]] if wanted(keys) else ocp.RestoreArgs()
-
+    on_disk = ocp.tree.to_flat_dict(part.subtree())
+    arguments = {
+        part.keys + keys: _on_host(on_disk[keys])
+        if targets is None
+        else _onto(targets[keys])
+        for keys in leaves
+    }
     restore = ocp.args.PyTreeRestore(
-        item=_map(part.tree, lambda keys: 0 if wanted(keys) else ocp.PLACEHOLDER),
-        restore_args=_map(part.tree, argument),
+        item=_map(part.tree, lambda keys: 0 if keys in arguments else ocp.PLACEHOLDER),
+        restore_args=_map(
+            part.tree, lambda keys: arguments.get(keys, ocp.RestoreArgs())
+        ),
     )
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             restored = checkpointer.restore(part.folder, args=restore)
     except Exception as error:
         raise ValueError(f"{part.path} cannot be read: {error}") from error
-    found = _at(restored, part.keys)
-    if like is None:
-        return jax.tree.map(_to_host, found, part.subtree())
-    values = ocp.tree.to_flat_dict(found)
-    for keys, target in targets.items():
-        if _is_key(target) and not _is_key(values[keys]):
+    values = ocp.tree.to_flat_dict(_at(restored, part.keys))
+    if targets is None:
+        return {keys: _to_host(values[keys], on_disk[keys]) for keys in leaves}
+    for keys in leaves:
+        if _is_key(targets[keys]) and not _is_key(values[keys]):
             leaf = repr("/".join(part.keys + keys))
             raise ValueError(
                 f"like: {leaf} is a key of random numbers, that of {part.path} is none"
             )
-        values[keys] = _placed(values[keys], target)
-    return ocp.tree.from_flat_dict(values, target=like)
+    return {keys: _placed(values[keys], targets[keys]) for keys in leaves}
+
+
+def groups_of(part: Part, least: int, most: int) -> list[dict[Keys, int]]:
+    """The leaves and their bytes, in at most so many groups.
+
+    A group is of `least` bytes at least, but for the last.
+    """
+    sizes = {
+        keys: math.prod(kind.shape) * kind.dtype.itemsize
+        for keys, kind in part.kinds().items()
+    }
+    least = max(least, -(-sum(sizes.values()) // most))
+    groups: list[dict[Keys, int]] = []
+    for keys, size in sizes.items():
+        if not groups or sum(groups[-1].values()) >= least:
+            groups.append({})
+        groups[-1][keys] = size
+    return groups
+
+
+def unflatten(leaves: Mapping[Keys, Any], part: Part, like: Any = None) -> Any:
+    """The tree with these leaves: of the structure of `like`, or as it was saved."""
+    target = part.subtree() if like is None else like
+    return ocp.tree.from_flat_dict(leaves, target=target) if leaves else target
 
 
 def write(folder: Path, tree: Any) -> None:
@@ -199,7 +224,7 @@ def steps_of(run: str | os.PathLike[str]) -> dict[int, Path]:
     return dict(sorted(steps.items()))
 
 
-def _item(path: Any, keys: tuple[str, ...]) -> tuple[Any, tuple[str, ...]]:
+def _item(path: Any, keys: Keys) -> tuple[Any, Keys]:
     """The folder with the tree that the first key may name, and the keys in it."""
     if (path / _METADATA).exists():
         return path, keys
@@ -224,7 +249,7 @@ def _names(node: Any) -> list[str]:
     return [str(n) for n in range(len(node))] if isinstance(node, list | tuple) else []
 
 
-def _at(tree: Any, keys: tuple[str, ...]) -> Any:
+def _at(tree: Any, keys: Keys) -> Any:
     for key in keys:
         if isinstance(tree, Mapping):
             tree = next(value for name, value in tree.items() if str(name) == key)
@@ -233,7 +258,7 @@ def _at(tree: Any, keys: tuple[str, ...]) -> Any:
     return tree
 
 
-def _map(tree: Any, f: Callable[[tuple[str, ...]], Any]) -> Any:
+def _map(tree: Any, f: Callable[[Keys], Any]) -> Any:
     """`f` of the keys of every leaf, in their places."""
     keys = ocp.tree.to_flat_dict(tree)
     return ocp.tree.from_flat_dict({k: f(k) for k in keys}, target=tree)
@@ -256,7 +281,7 @@ def _kind_in_memory(leaf: Any) -> Kind:
     return Kind(tuple(leaf.shape), np.dtype(leaf.dtype))
 
 
-def _check_fits(name: str, kinds: Mapping[tuple[str, ...], Kind], part: Part) -> None:
+def _check_fits(name: str, kinds: Mapping[Keys, Kind], part: Part) -> None:
     """Raises unless what is called `name` has the leaves of `part`."""
     others = part.kinds()
     for keys in [*others, *kinds]:

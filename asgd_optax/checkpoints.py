@@ -100,8 +100,9 @@ def average_checkpoints(
 ) -> optax.Params:
     r"""The sum of checkpoints times coefficients, :math:`\sum_i c_i p_i`.
 
-    The metadata of all are compared first, then the checkpoints are read, one after
-    another: there is one in memory beside the sum, which `combine_averages` makes.
+    The metadata of all are compared first, then the checkpoints are read, a part of
+    the leaves at a time: beside the sum, which `combine_averages` makes, there is never
+    more in memory than one checkpoint.
 
     Args:
       paths: folders as Orbax's `StandardCheckpointer` writes them, or a step's as its

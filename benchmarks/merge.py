@@ -165,7 +165,7 @@ def describe(runs: dict[str, list[Run]], size: int, number: int) -> str:
 `StandardCheckpointer`; {len(seconds)} rounds, in each of which every way has its turn,
 in a process of its own. *Of Orbax*: the speed over that of the faster of its two ways
 in the same round, the median over the rounds. *Peak memory* is beyond what the process
-had before, in sizes of a checkpoint; the sum, in float64, is two of them.
+had before, in sizes of a checkpoint.
 
 {harness.table(header, rows)}"""
 

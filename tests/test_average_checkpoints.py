@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 import asgd_optax
 from asgd_optax import average_iterates, averaged_params
+from asgd_optax._combine_checkpoints import combine_checkpoints
 from asgd_optax._orbax_checkpoints import read
 from asgd_optax.checkpoints import average_checkpoints, decay_coefficients
 from tests.support import bits, enable_x64
@@ -513,24 +514,59 @@ def test_coefficients_are_checked_before_anything_is_read(run, monkeypatch):
         average_checkpoints(paths, part=3)
 
 
-NAMES = ("float32", "complex")
+@pytest.mark.parametrize("groups", [1, 4])
+def test_what_is_held(groups, tmp_path, monkeypatch):
+    """Of a checkpoint that is one group, none beside it; else two groups at a time."""
+    trees = [{str(n): np.full(8, float(n + i)) for n in range(12)} for i in range(3)]
+    paths = [save(tmp_path / str(i), tree) for i, tree in enumerate(trees)]
+    earlier, begun = [], []
 
-
-def test_one_checkpoint_at_a_time_is_held(run, monkeypatch):
-    paths, _ = run
-    earlier = []
-
-    def recording(*arguments):
-        assert all(ref() is None for ref in earlier)
-        tree = read(*arguments)
-        earlier.extend(map(weakref.ref, (tree["params"][x] for x in NAMES)))
-        return tree
+    def recording(part, leaves, targets=None):
+        begun.append((part.path, *leaves))
+        alive = {id(refs) for refs in earlier for ref in refs if ref() is not None}
+        # In a thread of its own it may begin before the one but last is let go.
+        assert len(alive) <= (0 if groups == 1 or targets else 2)
+        found = read(part, leaves, targets)
+        earlier.append([weakref.ref(value) for value in found.values()])
+        return found
 
     monkeypatch.setattr("asgd_optax._orbax_checkpoints.read", recording)
-    for like in (None, arrays(0)):
-        average_checkpoints(paths, like=like)
-        assert all(ref() is None for ref in earlier)
-    assert len(earlier) == 12
+    monkeypatch.setattr("asgd_optax._combine_checkpoints._LEAST", 1)
+    monkeypatch.setattr("asgd_optax._combine_checkpoints._GROUPS", groups)
+    told = []
+    for like in (None, trees[0]):
+        found = combine_checkpoints(
+            paths, COEFFICIENTS, like=like, progress=lambda *told_: told.append(told_)
+        )
+        assert_average(found, trees)
+        assert all(ref() is None for refs in earlier for ref in refs)
+        # All leaves of all checkpoints, once, a group after another.
+        assert len(begun) == len(told) == 3 * groups
+        assert len({leaf for _, *leaves in begun for leaf in leaves}) == 12
+        assert len({(path, leaf) for path, *leaves in begun for leaf in leaves}) == 36
+        assert [path.name for path, *_ in begun] == ["0", "1", "2"] * groups
+        size = 12 * 8 * 8
+        assert told == [
+            (n * size // groups, 3 * size) for n in range(1, 3 * groups + 1)
+        ]
+        for kept in (earlier, begun, told):
+            kept.clear()
+
+
+def test_a_reader_that_fails(run, monkeypatch):
+    """Its error comes through, from its thread too."""
+    paths, _ = run
+
+    def failing(part, *arguments):
+        if part.path.name == "2":
+            raise ValueError(f"{part.path} cannot be read")
+        return read(part, *arguments)
+
+    monkeypatch.setattr("asgd_optax._orbax_checkpoints.read", failing)
+    for least in (1, 2**26):
+        monkeypatch.setattr("asgd_optax._combine_checkpoints._LEAST", least)
+        with pytest.raises(ValueError, match=re.escape(f"{paths[2]} cannot be read")):
+            average_checkpoints(paths)
 
 
 if platform.libc_ver()[0] == "glibc":
