@@ -1,13 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of what a caller passes: every error names the argument or the leaf."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+
+@contextlib.contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """For imports of what an extra brings: where it is missing, says how to get it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"this needs {error.name}: pip install 'asgd_optax[{extra}]'",
+            name=error.name,
+        ) from error
 
 
 def is_traced(value: Any) -> bool:

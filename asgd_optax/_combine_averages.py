@@ -66,7 +66,7 @@ def combine_averages(
       Kahan, `Further remarks on reducing truncation errors
       <https://doi.org/10.1145/363707.363723>`_, Commun. ACM 8(1), 1965.
     """
-    numbers = _checked_coefficients(coefficients)
+    numbers = checked_coefficients(coefficients)
     if isinstance(averages, Mapping | jax.Array | np.ndarray):
         raise TypeError(
             f"averages must be several pytrees; got one {type(averages).__name__}"
@@ -94,7 +94,8 @@ def combine_averages(
     return combined.result()
 
 
-def _checked_coefficients(coefficients: ArrayLike) -> list[float]:
+def checked_coefficients(coefficients: ArrayLike) -> list[float]:
+    """The numbers; raises unless they are finite, and in a row."""
     if any(map(_checks.is_traced, jax.tree.leaves(coefficients))):
         raise ValueError("coefficients must be concrete: they are not to be traced")
     try:
@@ -199,8 +200,10 @@ class _NumpySum:
         flat = _flat(leaf)
         narrow = jnp.finfo(flat.dtype).nmant < np.finfo(np.float64).nmant
         wide = np.dtype(np.float64) if narrow else flat.dtype
-        self.total = np.zeros(flat.shape, wide)
-        self.rest = None if narrow else np.zeros(flat.shape, wide)
+        # Not by `zeros`, to whom memory comes in small pages: it may take longer to get
+        # than the sum takes.
+        self.total = np.full(flat.shape, 0, wide)
+        self.rest = None if narrow else np.full(flat.shape, 0, wide)
 
     def add(self, number: float, leaf: Any) -> None:
         flat = _flat(leaf)

@@ -6,7 +6,7 @@ Needs Orbax to read them. Not imported by `asgd_optax`, which does without it.
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,8 +15,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from asgd_optax._checks import check_count
-from asgd_optax._combine_averages import combine_averages
+from asgd_optax._checks import check_count, needs
 
 _DECAYS: dict[str, Callable[[float], float]] = {
     "linear": lambda x: 1 - x,
@@ -101,8 +100,9 @@ def average_checkpoints(
 ) -> optax.Params:
     r"""The sum of checkpoints times coefficients, :math:`\sum_i c_i p_i`.
 
-    The metadata of all are compared first, then the checkpoints are read, one after
-    another: there is one in memory beside the sum, which `combine_averages` makes.
+    The metadata of all are compared first, then the checkpoints are read, a part of
+    the leaves at a time: beside the sum, which `combine_averages` makes, there is never
+    more in memory than one checkpoint.
 
     Args:
       paths: folders as Orbax's `StandardCheckpointer` writes them, or a step's as its
@@ -142,55 +142,11 @@ def average_checkpoints(
       >>> average_checkpoints([run / "100", run / "200"], [-4, 5], part="params/w")
       array([11., 11.], dtype=float32)
     """
-    on_host = like is None
-    tree = combined_checkpoints(paths, coefficients, part=part, like=like)
-    return jax.tree.map(_key_data, tree) if on_host else tree
+    with needs("checkpoints"):
+        from asgd_optax._combine_checkpoints import combine_checkpoints
 
-
-def combined_checkpoints(
-    paths: Sequence[str | os.PathLike[str]],
-    coefficients: ArrayLike | None = None,
-    *,
-    part: str | Sequence[Any] | None = None,
-    like: Any = None,
-    progress: Callable[[list[Any]], Iterable[Any]] = iter,
-) -> Any:
-    """`average_checkpoints`, whose keys of random numbers stay such on the host."""
-    if isinstance(paths, str | os.PathLike):
-        raise TypeError(f"paths must be several; got {paths!r}")
-    paths = list(paths)
-    if not paths:
-        raise ValueError("paths must be one or more; got none")
-    if coefficients is None:
-        coefficients = np.full(len(paths), 1 / len(paths))
-    elif np.shape(coefficients) != (len(paths),):
-        raise ValueError(
-            f"there are {len(paths)} paths, and coefficients of shape"
-            f" {np.shape(coefficients)}"
-        )
-    orbax = orbax_checkpoints()
-    keys = orbax.keys_of(part)
-    parts = [orbax.find_part(path, keys) for path in paths]
-    for other in parts[1:]:
-        orbax.check_alike(other, parts[0])
-    if like is not None:
-        orbax.check_target(like, parts[0])
-    return combine_averages(
-        (orbax.read(found, like) for found in progress(parts)), coefficients
-    )
-
-
-def orbax_checkpoints() -> Any:
-    """The module that reads them: imported where it is needed, as Orbax is an extra."""
-    try:
-        from asgd_optax import _orbax_checkpoints
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"asgd_optax.checkpoints needs {error.name}:"
-            " pip install 'asgd_optax[checkpoints]'",
-            name=error.name,
-        ) from error
-    return _orbax_checkpoints
+    tree = combine_checkpoints(paths, coefficients, part=part, like=like)
+    return tree if like is not None else jax.tree.map(_key_data, tree)
 
 
 def _key_data(leaf: Any) -> Any:
@@ -198,3 +154,10 @@ def _key_data(leaf: Any) -> Any:
     if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
         return leaf
     return np.asarray(jax.random.key_data(leaf))
+
+
+if __name__ == "__main__":
+    # By a module of its own: this one is imported by it, under its own name.
+    from asgd_optax._average_command import run
+
+    run()

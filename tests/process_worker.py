@@ -19,10 +19,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from asgd_optax import asgd, averaged_params
+from asgd_optax.checkpoints import average_checkpoints
 
 PROCESSES = 2
 DEVICES = 2  # of each
 SAVED, STEPS = 4, 7
+MERGED = (-0.75, 1.75)  # how much of what one has saved, and of what two have
 SHAPES = {"first": (4, 8), "second": (8, 4), "bias": (8,)}
 SPECS = {
     "first": PartitionSpec("data", "model"),
@@ -107,6 +109,21 @@ def write(path, values):
         np.savez(path, *jax.tree.leaves(values))
 
 
+def merge(folder, mesh):
+    """What both have saved, averaged onto this mesh; and the params alone, on hosts."""
+    paths = [folder / name / str(SAVED) for name in ("of_one", "of_two")]
+    like = jax.tree.map(ocp.tree.to_shape_dtype_struct, start(mesh))
+    merged = average_checkpoints(paths, MERGED, like=like)
+    for leaf, target in zip(*map(jax.tree.leaves, (merged, like)), strict=True):
+        assert leaf.sharding == target.sharding
+    params = average_checkpoints(paths, MERGED, part="0")
+    assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(params))
+    for name, leaf in gathered(*merged)[0].items():
+        # The sums are made in another precision.
+        np.testing.assert_allclose(params[name], leaf, rtol=1e-6)
+    return merged
+
+
 def train_and_exchange(folder, mesh):
     """Trains and saves in the middle; goes on from what one process has saved."""
     params, state = train(*start(mesh), mesh, range(SAVED))
@@ -114,6 +131,7 @@ def train_and_exchange(folder, mesh):
     save(folder / "of_two", SAVED, params, state)
     params, state = train(params, state, mesh, range(SAVED, STEPS))
     write(folder / "trained.npz", gathered(params, state))
+    write(folder / "merged.npz", gathered(*merge(folder, mesh)))
     _, (params, state) = restore(folder / "of_one", mesh)
     write(folder / "restored.npz", gathered(params, state))
     params, state = train(params, state, mesh, range(SAVED, STEPS))

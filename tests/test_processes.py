@@ -79,6 +79,17 @@ def test_two_processes_are_as_good_as_one(tmp_path):
     chex.assert_trees_all_close(
         written(tmp_path / "trained.npz", whole), whole, rtol=1e-5, atol=1e-6
     )
+    # They averaged what one and what they have saved.
+    one, two = process_worker.MERGED
+    merged = written(tmp_path / "merged.npz", whole)
+    for actual, first, second in zip(
+        *map(jax.tree.leaves, (merged[:2], half[:2], at_save[:2])), strict=True
+    ):
+        # What is no float is of the last of them.
+        exact = np.issubdtype(second.dtype, np.integer)
+        wanted = second if exact else one * first.astype(float) + two * second
+        assert actual.dtype == second.dtype
+        np.testing.assert_allclose(actual, wanted, rtol=1e-6, atol=1e-7)
     # Two restored what one has saved, and went on from it.
     assert bits(written(tmp_path / "restored.npz", whole)) == bits(half)
     chex.assert_trees_all_close(
