@@ -30,7 +30,7 @@ from asgd_optax import gamma_of_width as gamma
 from asgd_optax import power_weighting as power
 from asgd_optax.checkpoints import average_checkpoints
 
-STEPS, EVERY, RATE, WARMUP = 500, 25, 3e-3, 50  # every: from checkpoint to checkpoint
+STEPS, EVERY, RATE, WARMUP = 800, 25, 3e-3, 50  # every: from checkpoint to checkpoint
 LAYERS, WIDTH, HEADS, CONTEXT, BATCH_SIZE, DTYPE = 4, 128, 4, 128, 16, "float32"
 UNIFORM, *POWERS = (f"1/opt_state/{n}/average" for n in (2, 3, 4))  # in a checkpoint
 KEPT = {UNIFORM: None, POWERS[0]: power(gamma(0.05)), POWERS[1]: power(gamma(0.1))}
@@ -117,7 +117,7 @@ def main(output: Path = OUTPUT) -> Any:
             nnx.update(model, average(Path(run), Profile(*profile), read))
             return float(score(model))
 
-        for end in tqdm(range(4 * EVERY, STEPS + 1, 4 * EVERY), desc="means"):
+        for end in tqdm(range(8 * EVERY, STEPS + 1, 8 * EVERY), desc="means"):
             means[end] = {n: tried(end, None, n) for n in range(0, end, EVERY)}
         widths = {w: tried(STEPS, power(gamma(w))) for w in tqdm(TRIED, desc="widths")}
     plt.style.use(Path(__file__).with_name("style.mplstyle"))

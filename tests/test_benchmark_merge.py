@@ -19,6 +19,7 @@ def test_every_way_is_measured(tmp_path, capsys):
     for way in merge.WAYS:
         assert f"| {way} " in printed
     assert "2 checkpoints of 4 MiB" in printed
+    assert "read from the disk" in printed
     assert not list(folder.iterdir())
 
 

@@ -12,7 +12,7 @@ from tests.programs import assert_lesson_refuses
 from tests.reference import average_shares
 
 TINY = {"LAYERS": 1, "WIDTH": 8, "HEADS": 2, "CONTEXT": 8, "BATCH_SIZE": 2}
-SHORT = {"STEPS": 24, "EVERY": 3, "WARMUP": 2, "TRIED": (0.07,)}
+SHORT = {"STEPS": 32, "EVERY": 2, "WARMUP": 2, "TRIED": (0.07,)}
 
 
 @pytest.fixture
@@ -46,12 +46,12 @@ def leaves(tree):
 def test_its_averages_are_of_the_iterates(iterates_and_averages, tmp_path, capsys):
     (iterate, means, widths), iterates, averages = iterates_and_averages
     assert {end: [*starts] for end, starts in means.items()} == {
-        12: [0, 3, 6, 9],
-        24: [0, 3, 6, 9, 12, 15, 18, 21],
+        16: [*range(0, 16, 2)],
+        32: [*range(0, 32, 2)],
     }
     assert widths.keys() == {0.07}
     *of_means, of_width = averages.items()
-    assert len(of_means) == 12
+    assert len(of_means) == 8 + 16
     moved = np.abs(iterates[-1] - iterates[0]).max()
     for target, average in of_means:
         expected = iterates[target.start + 1 : target.step + 1].mean(axis=0)
@@ -64,8 +64,8 @@ def test_its_averages_are_of_the_iterates(iterates_and_averages, tmp_path, capsy
     shares = average_shares(lambda n: float(weight(n)), target.step)
     np.testing.assert_allclose(leaves(average), shares @ iterates, atol=0.05 * moved)
 
-    losses = [iterate, *means[12].values(), *means[24].values(), *widths.values()]
-    assert len(set(losses)) == 14
+    losses = [iterate, *means[16].values(), *means[32].values(), *widths.values()]
+    assert len(set(losses)) == 26
     assert all(4 < loss < 7 for loss in losses)  # log(256) is 5.5
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
