@@ -10,6 +10,7 @@ fails at its end.
 import glob
 import pathlib
 import shutil
+import sys
 import tarfile
 import zipfile
 
@@ -80,7 +81,8 @@ def docs(session: nox.Session) -> None:
 
 def distribution_of(session: nox.Session, kind: str) -> str:
     """The wheel or the sdist, which hold what git knows: no less, and no more."""
-    make(session, "dist")
+    # By the Python that runs this: `python3` is the session's own.
+    make(session, "dist", f"PYTHON={sys.executable}")
     (path,) = glob.glob(f"dist/*.{kind}")
     name, version = path.removeprefix("dist/").removesuffix(f".{kind}").split("-")[:2]
     release = f"{name}-{version}"

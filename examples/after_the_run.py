@@ -123,7 +123,7 @@ def main(output: Path = OUTPUT) -> Any:
     plt.style.use(Path(__file__).with_name("style.mplstyle"))
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), sharey=True)
     for end, losses in means.items():
-        left.plot(losses.keys(), losses.values(), ".-", label=f"up to step {end}")
+        left.plot(losses.keys(), losses.values(), "C1.-", alpha=end / STEPS, label=end)
     right.plot(widths.keys(), widths.values(), ".-", color="C1")
     print(f"Losses at step {STEPS}: iterate {iterate:.3f}, mean {means[STEPS][0]:.3f}")
     tables = (left, "mean from step", means[STEPS]), (right, "width", widths)
@@ -132,7 +132,7 @@ def main(output: Path = OUTPUT) -> Any:
         axes.set(xlabel=label, ylabel="validation loss (nats a byte)")
         best = min(losses, key=losses.__getitem__)
         print(f"best {label} {best}: {losses[best]:.3f}")
-    left.legend()
+    left.legend(title="mean up to step")
     figure.savefig(output)
     return iterate, means, widths
 
