@@ -3,7 +3,6 @@
 
 import contextlib
 import ctypes
-import gc
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -120,7 +119,5 @@ def _return_freed_memory() -> None:
     other threads each time: of small checkpoints it would keep more and more. Of large
     ones it keeps parts alone, and getting memory anew would cost a tenth of the time.
     """
-    # What was restored onto devices may be left in a cycle of references.
-    gc.collect()
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
