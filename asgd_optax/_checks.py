@@ -23,6 +23,12 @@ def needs(extra: str) -> Iterator[None]:
         ) from error
 
 
+def is_key(leaf: Any) -> bool:
+    """Whether `leaf` is a typed key of random numbers, or an array of them."""
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+
+
 def is_traced(value: Any) -> bool:
     """Whether `value` is known only when the compiled program runs."""
     return isinstance(value, jax.core.Tracer)

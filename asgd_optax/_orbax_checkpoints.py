@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+
+from asgd_optax._checks import is_key
 
 # The file that tells of the leaves, beside them.
 _METADATA = "_METADATA"
@@ -111,7 +112,7 @@ def check_target(like: Any, part: Part) -> dict[Keys, Any]:
     for keys, leaf in leaves.items():
         # What Orbax would cast without a word.
         if (
-            not _is_key(leaf)
+            not is_key(leaf)
             and getattr(leaf, "sharding", None) is not None
             and jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype
         ):
@@ -161,7 +162,7 @@ def read(
     if targets is None:
         return {keys: _to_host(values[keys], on_disk[keys]) for keys in leaves}
     for keys in leaves:
-        if _is_key(targets[keys]) and not _is_key(values[keys]):
+        if is_key(targets[keys]) and not is_key(values[keys]):
             leaf = repr("/".join(part.keys + keys))
             raise ValueError(
                 f"like: {leaf} is a key of random numbers, that of {part.path} is none"
@@ -271,7 +272,7 @@ def _kind_on_disk(leaf: Any) -> Kind:
 
 
 def _kind_in_memory(leaf: Any) -> Kind:
-    if _is_key(leaf):
+    if is_key(leaf):
         # On the disk lie the integers of a key.
         leaf = jax.eval_shape(jax.random.key_data, leaf)
     elif isinstance(leaf, str):
@@ -299,11 +300,6 @@ def _check_fits(name: str, kinds: Mapping[Keys, Kind], part: Part) -> None:
                 )
 
 
-def _is_key(leaf: Any) -> bool:
-    dtype = getattr(leaf, "dtype", None)
-    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-
-
 def _on_host(leaf: Any) -> ocp.RestoreArgs:
     if isinstance(leaf, ocp.metadata.StringMetadata):
         return ocp.RestoreArgs(restore_type=str)
@@ -314,7 +310,7 @@ def _on_host(leaf: Any) -> ocp.RestoreArgs:
 
 
 def _to_host(value: Any, leaf: Any) -> Any:
-    if isinstance(leaf, ocp.metadata.StringMetadata) or _is_key(value):
+    if isinstance(leaf, ocp.metadata.StringMetadata) or is_key(value):
         return value
     value = np.asarray(value)
     return value[()] if type(leaf) is ocp.metadata.ScalarMetadata else value
@@ -324,7 +320,7 @@ def _onto(target: Any) -> ocp.RestoreArgs:
     if isinstance(target, str):
         return ocp.RestoreArgs(restore_type=str)
     sharding = getattr(target, "sharding", None)
-    if sharding is None and _is_key(target):
+    if sharding is None and is_key(target):
         return _onto_one_device()
     if sharding is None:
         return ocp.RestoreArgs(restore_type=np.ndarray)
@@ -339,10 +335,10 @@ def _onto_one_device() -> ocp.RestoreArgs:
 
 def _placed(value: Any, target: Any) -> Any:
     """A value that was read, as the kind of array that its target is."""
-    if isinstance(target, str) or _is_key(target):
+    if isinstance(target, str) or is_key(target):
         return value
     sharding = getattr(target, "sharding", None)
-    if _is_key(value):
+    if is_key(value):
         value = jax.device_put(jax.random.key_data(value), sharding)
     if sharding is not None:
         return value

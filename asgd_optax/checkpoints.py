@@ -10,12 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from asgd_optax._checks import check_count, needs
+from asgd_optax._checks import check_count, is_key, needs
 
 _DECAYS: dict[str, Callable[[float], float]] = {
     "linear": lambda x: 1 - x,
@@ -150,10 +149,7 @@ def average_checkpoints(
 
 
 def _key_data(leaf: Any) -> Any:
-    dtype = getattr(leaf, "dtype", None)
-    if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        return leaf
-    return np.asarray(jax.random.key_data(leaf))
+    return np.asarray(jax.random.key_data(leaf)) if is_key(leaf) else leaf
 
 
 if __name__ == "__main__":

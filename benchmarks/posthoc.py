@@ -12,6 +12,7 @@ from typing import Any
 
 from asgd_optax import (
     AverageProfile,
+    PosthocFit,
     exponential_weighting,
     gamma_of_width,
     posthoc_coefficients,
@@ -77,29 +78,29 @@ def snapshots(step: int) -> dict[str, list[AverageProfile]]:
     }
 
 
+def cell(fit: PosthocFit) -> str:
+    # What rounding leaves of a mixture that is exact is no residual.
+    residual = "0" if fit.residual < 1e-9 else f"{fit.residual:.2g}"
+    return f"{residual} ({fit.amplification:.3g})"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints the table and saves it."""
     parser = harness.parser("How near kept averages come to others.")
     options = parser.parse_args(argv)
     held = snapshots(STEPS)
-    rows = []
-    for name, target in targets(STEPS).items():
-        fits = [posthoc_coefficients(profiles, target) for profiles in held.values()]
-        cells = [f"{fit.residual:.2g} ({fit.amplification:.3g})" for fit in fits]
-        # What rounding leaves of a mixture that is exact.
-        exact = [f"0 ({fit.amplification:.3g})" for fit in fits]
-        chosen = [
-            zero if fit.residual < 1e-9 else cell
-            for fit, cell, zero in zip(fits, cells, exact, strict=True)
-        ]
-        rows.append([name, *chosen])
+    rows = [
+        [name, *(cell(posthoc_coefficients(each, target)) for each in held.values())]
+        for name, target in targets(STEPS).items()
+    ]
     long = LONG // 1000 if options.quick else LONG
-    ten = kept((width(0.05), width(0.10)), long // 10, long)
+    two = (width(0.05), width(0.10))
+    ten = kept(two, long // 10, long)
     start = time.perf_counter()
     fit = posthoc_coefficients(ten, AverageProfile(long, width(0.15)))
     seconds = time.perf_counter() - start
-    same = kept((width(0.05), width(0.10)), STEPS // 10, STEPS)
-    expected = posthoc_coefficients(same, targets(STEPS)["width 0.15"])
+    same = kept(two, STEPS // 10, STEPS)
+    expected = posthoc_coefficients(same, AverageProfile(STEPS, width(0.15)))
     page = PAGE.format(
         steps=STEPS,
         table=harness.table(["wanted", *held], rows),

@@ -16,14 +16,6 @@ from asgd_optax import (
 )
 from asgd_optax._numerics import enable_x64
 
-# The least bytes a parameter that a step moves, by how many arrays of its shape the
-# state has: the gradient is read, the parameter and those arrays, all float32, are read
-# and written.
-LEAST_BYTES = {
-    "float32": {1: 20, 2: 28, 5: 52},
-    "bfloat16": {1: 14, 2: 22, 5: 46},
-}
-
 
 def precision_of(dtype):
     """The context in which `dtype` exists: 64-bit types are off by default."""

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the GPU compiler makes of a step, ahead of time: `make test-gpu`."""
 
-import jax
 import optax
 import pytest
 
 from asgd_optax import average_iterates
 from benchmarks import compilers, step_bytes
-from tests.support import LEAST_BYTES
+from tests.compiled_rows import compile_row
 from tests.transformations import ROWS
 
 SIZE = 2**27  # as on TPUs, half a gigabyte of float32
@@ -21,19 +20,11 @@ over_targets = pytest.mark.parametrize("target", ["A100:1", "H100:1", "H100:8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_a_step_is_one_kernel_that_moves_the_least(row, dtype, target):
-    tx, params = row.make(), compilers.leaf(target, dtype, SIZE)
-    state = compilers.state_like(tx, params)
-    step = compilers.compile_step(tx, params, state)
-
-    shapes = [x.shape for x in jax.tree.leaves(state)]
-    assert shapes.count(params.shape) == row.arrays
-    least = LEAST_BYTES[dtype][row.arrays]
-    # With `every` a second kernel, a branch's, reads the iterate that the first wrote.
-    branches = "every" in row.options
-    assert step.kernels == len(step.ptx) == 1 + branches
-    assert step.moved == (least + branches * params.dtype.itemsize) * SIZE
-    if branches:
-        assert step.moved_between == 3 * params.dtype.itemsize * SIZE
+    step, least, between, kernels = compile_row(row, dtype, target, SIZE)
+    assert step.kernels == len(step.ptx) == kernels
+    assert step.moved == least
+    if between is not None:
+        assert step.moved_between == between
     assert step.temporary < SCALARS
     assert step.collectives == []
     for ptx in step.ptx.values():

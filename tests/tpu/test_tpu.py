@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the TPU compiler makes of a step, ahead of time: `make test-tpu`."""
 
-import jax
 import optax
 import pytest
 
 from asgd_optax import asgd, average_iterates
 from benchmarks import compilers
 from examples import pod_plan
-from tests.support import LEAST_BYTES
+from tests.compiled_rows import compile_row
 from tests.transformations import ROWS
 
 # Half a gigabyte of float32: a smaller leaf may be prefetched into vector memory,
@@ -24,19 +23,11 @@ over_generations = pytest.mark.parametrize(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_a_step_is_one_kernel_that_moves_the_least(row, dtype, topology):
-    tx, params = row.make(), compilers.leaf(topology, dtype, SIZE)
-    state = compilers.state_like(tx, params)
-    step = compilers.compile_step(tx, params, state)
-
-    shapes = [x.shape for x in jax.tree.leaves(state)]
-    assert shapes.count(params.shape) == row.arrays
-    least = LEAST_BYTES[dtype][row.arrays]
-    # With `every` a second kernel, a branch's, reads the iterate that the first wrote.
-    branches = "every" in row.options
-    assert step.kernels == 1 + branches
-    assert step.moved <= (least + branches * params.dtype.itemsize + 0.1) * SIZE
-    if branches:
-        assert step.moved_between <= (3 * params.dtype.itemsize + 0.1) * SIZE
+    step, least, between, kernels = compile_row(row, dtype, topology, SIZE)
+    assert step.kernels == kernels
+    assert step.moved <= least + 0.1 * SIZE
+    if between is not None:
+        assert step.moved_between <= between + 0.1 * SIZE
     assert step.accessed == pytest.approx(step.moved, rel=1e-3)
     assert step.temporary == 0
     assert step.collectives == []
