@@ -203,8 +203,10 @@ def asgd_update(
     """
     _checks.check_update(updates, params, _averaging.mean_trees("state.ax", ax))
 
+    minus_eta = -eta
+
     def step_of(g: Any, p: Any) -> jax.Array:
-        return _step(-eta, decay, jnp.asarray(g), jnp.asarray(p))
+        return _step(minus_eta, decay, jnp.asarray(g), jnp.asarray(p))
 
     steps = jax.tree.map(step_of, updates, params)
     iterates = optax.apply_updates(params, steps)

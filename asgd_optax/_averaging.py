@@ -17,6 +17,7 @@ trace, which is a third of the time that many leaves took to compile, and run as
 program each where nothing else is jitted.
 """
 
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -59,12 +60,7 @@ def init_mean(
     params: optax.Params, accumulator_dtype: DTypeLike | None, compensated: bool
 ) -> Mean:
     """The mean before any iterate: a real copy of `params`, sharded as they are."""
-
-    def copy(p: Any) -> jax.Array:
-        # The explicit dtype drops weak types, which no later step would keep.
-        return jnp.array(p, dtype=_mean_dtype(p, accumulator_dtype), copy=True)
-
-    value = jax.tree.map(copy, params)
+    value = jax.tree.map(lambda p: _copied(jnp.asarray(p), accumulator_dtype), params)
     return CompensatedMean(value, zeros_as(value)) if compensated else value
 
 
@@ -74,12 +70,7 @@ def round_updates(updates: optax.Updates) -> optax.Updates:
     Args:
       updates: pytree of floating or complex arrays.
     """
-
-    def leaf(u: Any) -> jax.Array:
-        u = jnp.asarray(u)
-        return rounded_update(u, u.dtype)
-
-    return jax.tree.map(leaf, updates)
+    return jax.tree.map(lambda u: _round(jnp.asarray(u)), updates)
 
 
 def update_mean(mean: Mean, iterates: optax.Params, weight: jax.Array) -> Mean:
@@ -146,11 +137,22 @@ def _in_host_memory(x: Any) -> bool:
     )
 
 
+@partial(jax.jit, static_argnums=1)
+def _copied(p: jax.Array, accumulator_dtype: DTypeLike | None) -> jax.Array:
+    # The explicit dtype drops weak types, which no later step would keep.
+    return jnp.array(p, dtype=_mean_dtype(p, accumulator_dtype), copy=True)
+
+
+@jax.jit
+def _round(u: jax.Array) -> jax.Array:
+    return rounded_update(u, u.dtype)
+
+
 @jax.jit
 def _plain(weight: jax.Array, iterate: jax.Array, value: Any) -> tuple[jax.Array]:
     def f(x: jax.Array, m: jax.Array) -> jax.Array:
         w = weight.astype(x.dtype)
-        return jnp.where(w == 1, x, m + w * (x - m))
+        return jax.lax.select(w == 1, x, m + w * (x - m))
 
     value = jnp.asarray(value)
     wide = wide_dtype(value, iterate)
@@ -166,11 +168,13 @@ def _compensated(
         w = weight.astype(x.dtype)
         # Where the weight is 1 the recursion starts anew from the iterate. Its
         # inputs are selected, not its outputs: on outputs XLA spends another pass.
-        increment = jnp.where(w == 1, -0.0, w * ((x - v) - r) + r)
-        total = rounded(jnp.where(w == 1, x, v) + increment, stored_dtype)
+        restart = w == 1
+        increment = w * ((x - v) - r) + r
+        increment = jax.lax.select(restart, jnp.full_like(x, -0.0), increment)
+        total = rounded(jax.lax.select(restart, x, v) + increment, stored_dtype)
         # Selected once more, in words that XLA does not take for the same: on the CPU
         # it would keep an array of what two results share.
-        start = jnp.where((w >= 1) & (w <= 1), x, v)
+        start = jax.lax.select((w >= 1) & (w <= 1), x, v)
         return total, (start - total) + increment
 
     value, residual = jnp.asarray(value), jnp.asarray(residual)

@@ -9,7 +9,6 @@ removes. Counts are compared in integers: above 2**24 float32 holds no odd numbe
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any
 
 import jax
@@ -75,7 +74,6 @@ def widened(x: jax.Array, wide: DTypeLike) -> jax.Array:
     return rounded(x.astype(wide), x.dtype)
 
 
-@partial(jax.jit, static_argnums=1)
 def rounded_update(u: jax.Array, dtype: DTypeLike) -> jax.Array:
     """`u` in a narrower or equal dtype, where it is not to be rounded once more."""
     if u.dtype == dtype == wide_dtype(u):
@@ -85,20 +83,22 @@ def rounded_update(u: jax.Array, dtype: DTypeLike) -> jax.Array:
 
 def uncontracted(x: jax.Array) -> jax.Array:
     """`x`, which a compiler does not contract with what is added to it."""
-    # The product that made `x` is contracted with this sum, if at all, and so
-    # rounded before the next. Nothing but zeros is added to what is not zero, which
-    # a compiler does not see. (On the CPU a comparison takes subnormals for zeros,
-    # and a sum makes zeros of them.)
-    zero = x == 0
-    return jnp.where(zero, x, x + zero.astype(x.dtype))
+    # The sum sees a choice, not the product that made `x`. Twice a NaN is that NaN,
+    # so the choice is none, which a compiler does not see.
+    return jax.lax.select(x == x, x, x + x)
 
 
 def zeros_as(tree: Any) -> Any:
     """Zeros in the shapes, dtypes and shardings of a tree of arrays."""
-    # They depend on the arrays and so take their sharding; under jit those of
+    return jax.tree.map(_zeros_as, tree)
+
+
+@jax.jit
+def _zeros_as(v: jax.Array) -> jax.Array:
+    # They depend on the array and so take its sharding; under jit those of
     # `zeros_like` depend on nothing and are replicated. No constant is part of it:
     # with explicit axes jax 0.12 gives a choice between two a type without sharding.
-    return jax.tree.map(lambda v: ((v == v) & (v != v)).astype(v.dtype), tree)
+    return ((v == v) & (v != v)).astype(v.dtype)
 
 
 def default_float(value: ArrayLike) -> jax.Array:

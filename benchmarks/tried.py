@@ -5,18 +5,20 @@
 
 One leaf: the two kernels that XLA makes of a step against a loop over blocks that stay
 in the cache, the array updated in place. 1,000 leaves: what is the least time to
-compile a step with two results a leaf, each of one product and one difference. See
-`docs/developers/tried.md`.
+compile a step with two results a leaf, each of one product and one difference.
+100,000 leaves: the time to make the state. See `docs/developers/tried.md`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
+from asgd_optax import asgd
 from benchmarks import harness
-from benchmarks.step_cost import BASE, IN_JAX, Method, compile_jax, trees
+from benchmarks.step_cost import BASE, HAND, IN_JAX, OURS, Method, compile_jax, trees
 
 ETA, MU = 1e-4, 1e-3
 
@@ -60,6 +62,13 @@ def contestant(f: Callable[..., Any], n: int) -> harness.Contestant:
     return harness.Contestant(setup, calls=2)
 
 
+def of_init(init: Callable[[Any], Any], params: Any) -> harness.Contestant:
+    """A state made."""
+    return harness.Contestant(
+        lambda: lambda: jax.block_until_ready(init(params)), calls=1
+    )
+
+
 def bare(p: Any, ax: Any, g: Any) -> tuple[Any, Any]:
     """Two results a leaf that are no average: one product and one difference each."""
     p = jax.tree.map(lambda p, g: p - ETA * g, p, g)
@@ -69,41 +78,65 @@ def bare(p: Any, ax: Any, g: Any) -> tuple[Any, Any]:
 METHODS = {
     BASE: IN_JAX[BASE],
     "two bare results": Method(init=lambda params: params, step=bare),
-    "asgd": IN_JAX["asgd"],
-    "optax.adam": IN_JAX["optax.adam"],
+    **{
+        name: IN_JAX[name]
+        for name in (
+            f"asgd{HAND}",
+            "asgd",
+            "asgd, compensated",
+            f"uniform{HAND}",
+            f"uniform{OURS}",
+            "optax.adam",
+        )
+    },
+}
+INITS = {
+    "optax.trace": optax.trace(0.9).init,
+    "asgd().init": asgd().init,
+    "asgd(compensated=True).init": asgd(compensated=True).init,
 }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints and saves both tables."""
+    """Prints and saves the tables."""
     options = harness.parser("What was tried to make a step cheaper.").parse_args(argv)
     size, repetitions, rotations = (2**14, 2, 1) if options.quick else (2**25, 5, 3)
+    leaves = 100 if options.quick else 100_000
     tree = trees(options.quick)[-1]
     compiled = {
         name: sum(made.seconds)
         for name, made in compile_jax(METHODS, tree, rotations).items()
     }
-    blocks = {f"blocks of {size // n:,}": by_blocks(size // n) for n in (8, 32)}
+    steps = {"XLA's two kernels": step}
+    steps |= {f"blocks of {size // n:,}": by_blocks(size // n) for n in (8, 32)}
+    many = [jnp.full((4, 4), i) for i in range(leaves)]
     times = harness.measure(
-        {
-            name: contestant(f, size)
-            for name, f in {"XLA's two kernels": step, **blocks}.items()
-        },
+        {name: contestant(f, size) for name, f in steps.items()}
+        | {name: of_init(init, many) for name, init in INITS.items()},
         repetitions,
     )
-    base = next(iter(times.values())).median
-    steps = [
-        [name, f"{1e3 * t.median:.1f}", f"{t.median / base:.1f}"]
-        for name, t in times.items()
+
+    def section(title: str, unit: str, seconds: Mapping[str, float], scale: int) -> str:
+        base = next(iter(seconds.values()))
+        rows = [
+            [name, f"{scale * s:.3g}", f"{s / base:.1f}"] for name, s in seconds.items()
+        ]
+        return harness.table([title, unit, "ratio"], rows)
+
+    medians = {name: time.median for name, time in times.items()}
+    sections = [
+        section(
+            f"{size:,} in one leaf", "step (ms)", {n: medians[n] for n in steps}, 1000
+        ),
+        section(tree.title, "compile (s)", compiled, 1),
+        section(
+            f"{leaves:,} leaves of 4x4", "init (s)", {n: medians[n] for n in INITS}, 1
+        ),
     ]
-    base = compiled[BASE]
-    compilations = [[n, f"{s:.2f}", f"{s / base:.1f}"] for n, s in compiled.items()]
     harness.report(
         "tried",
         "# What was tried to make a step cheaper\n\n"
-        + harness.table([f"{size:,} in one leaf", "step (ms)", "ratio"], steps)
-        + "\n\n"
-        + harness.table([tree.title, "compile (s)", "ratio"], compilations)
+        + "\n\n".join(sections)
         + f"\n\nMedians of {repetitions} repetitions, of {rotations} compilations.",
         options.output,
     )
