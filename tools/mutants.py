@@ -319,8 +319,7 @@ def try_mutants(module: str, mutants: dict[Mutant, str]) -> None:
         if outcome is TestOutcome.INCOMPETENT:
             sys.exit(output)
         print(f"{outcome.value} after {took:.1f} s\n{mutant.diff()}", flush=True)
-        if outcome is TestOutcome.KILLED:
-            save_killed(mutant, took)
+        save(mutant, outcome.value)
 
 
 def timed_tests(command: str, limit: float | None) -> tuple[TestOutcome, str, float]:
@@ -336,21 +335,20 @@ def test_command(module: str) -> str:
     return shlex.join([sys.executable, "-m", "pytest", *options, *files])
 
 
-def killed(module: str) -> dict[Mutant, float]:
-    """Mutants of the module as it is that were killed, and the seconds it took."""
-    source = (ROOT / source_of(module)).read_text()
+def outcomes(module: str) -> dict[Mutant, str]:
+    """What became of the mutants of the module as it is that were tried."""
     path = results_of(module)
     kept = json.loads(path.read_text()) if path.exists() else {}
-    if kept.get("source") != source:
+    if kept.get("source") != (ROOT / source_of(module)).read_text():
         return {}
-    return {Mutant(*key): seconds for *key, seconds in kept["killed"]}
+    return {Mutant(*key): outcome for *key, outcome in kept["tried"]}
 
 
-def save_killed(mutant: Mutant, seconds: float) -> None:
+def save(mutant: Mutant, outcome: str) -> None:
     source = (ROOT / source_of(mutant.module)).read_text()
-    known = killed(mutant.module) | {mutant: round(seconds, 1)}
-    listed = [[*mutant, seconds] for mutant, seconds in known.items()]
-    content = json.dumps({"source": source, "killed": listed}, indent=1)
+    tried = outcomes(mutant.module) | {mutant: outcome}
+    listed = [[*mutant, outcome] for mutant, outcome in tried.items()]
+    content = json.dumps({"source": source, "tried": listed}, indent=1)
     results_of(mutant.module).write_text(content)
 
 
@@ -377,12 +375,12 @@ def report(
     columns = "made", "run", "killed", "equivalent", "alive"
     rows, alive = {}, []
     for module, mutants in chosen.items():
+        tried = outcomes(module)
         equal = same.intersection(mutants)
-        dead = killed(module).keys() & set(mutants) - equal
-        left = [m for m in mutants if m not in equal | dead]
-        rows[f"`{module}`"] = [
-            len(x) for x in (made[module], mutants, dead, equal, left)
-        ]
+        run = [m for m in mutants if m in equal or m in tried]
+        left = [m for m in run if m not in equal and tried[m] != TestOutcome.KILLED]
+        dead = len(run) - len(equal) - len(left)
+        rows[f"`{module}`"] = [len(made[module]), len(run), dead, len(equal), len(left)]
         alive += left
     rows["all"] = [sum(column) for column in zip(*rows.values(), strict=True)]
     lines = [f"| module | {' | '.join(columns)} |", "| :-- |" + " --: |" * len(columns)]
@@ -418,8 +416,12 @@ def main() -> None:
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
         for module in modules:
-            done = same | killed(module).keys()
-            left = {m: made[module][m] for m in chosen[module] if m not in done}
+            tried = outcomes(module)
+            left = {
+                m: made[module][m]
+                for m in chosen[module]
+                if m not in same and tried.get(m) != TestOutcome.KILLED
+            }
             if left:
                 try_mutants(module, left)
     text = report(made, {module: chosen[module] for module in modules}, same)
