@@ -23,7 +23,7 @@ $(VENV)/.examples $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: pyproject.toml
 
 # Others have one of their own: beside the TPU's library, CUDA's or a live torch the
 # ordinary tests are not the same, and what themes ask for is to decide nothing elsewhere.
-$(VENV)-bench/.bench $(VENV)-docs/.docs: pyproject.toml
+$(VENV)-bench/.bench $(VENV)-docs/.docs $(VENV)-mutants/.mutants: pyproject.toml
 	$(ENVIRONMENT) '.[$(@F:.%=%)]'
 	@touch $@
 
@@ -82,6 +82,11 @@ docs: $(VENV)-docs/.docs $(MATHJAX)  ## Build the documentation site in build/do
 .PHONY: test-docs
 test-docs: docs  ## Build the site and look at it in Chromium
 	$(VENV)-docs/bin/python -m pytest tests/site $(ARGS)
+
+# For hours: `make mutants MODULE=_asgd` is one module of them.
+.PHONY: mutants
+mutants: $(VENV)-mutants/.mutants  ## Change the library a little: does a test notice?
+	nice $(VENV)-mutants/bin/python -m tools.mutants $(MODULE) $(ARGS)
 
 .PHONY: lint
 lint: $(VENV)/.dev  ## Check style and format (ruff)

@@ -175,14 +175,15 @@ def gpu(session: nox.Session) -> None:
 def newest(session: nox.Session) -> None:
     """The newest Python, and the newest jax, optax and Flax that it gets.
 
-    The tests are those of the unpacked sdist: that it lacks nothing shows here.
+    The tests are those of the unpacked sdist: that it lacks nothing shows here. Which
+    branches they do not reach is printed.
     """
     sdist = distribution_of(session, "tar.gz")
     shutil.unpack_archive(sdist, session.create_tmp(), filter="data")
     (sources,) = pathlib.Path(session.create_tmp()).glob("asgd_optax-*")
     session.chdir(sources)
-    session.install("--upgrade", ".[test]")
-    session.run(*PYTEST, "-m", "not torch")
+    session.install("--upgrade", ".[test]", "pytest-cov>=7.0")
+    session.run(*PYTEST, "-m", "not torch", "--cov")
 
 
 @nox.session
