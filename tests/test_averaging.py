@@ -110,6 +110,13 @@ def test_before_averaging_the_average_follows_through_infinities(value, compensa
         np.testing.assert_array_equal(averaged_params(state), applied)
 
 
+def test_before_the_first_iterate_nothing_is_carried():
+    """Of a parameter that is no number neither."""
+    params = jnp.array([1.0, -0.0, jnp.inf, jnp.nan])
+    state = asgd(compensated=True).init(params)
+    assert bits(state.ax) == bits(CompensatedMean(params, jnp.zeros(4)))
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_averages_the_iterates_really_applied(dtype):
     """Over 2,000 steps under jit, to a few float32 eps of their size."""
