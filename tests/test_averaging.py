@@ -117,6 +117,22 @@ def test_before_the_first_iterate_nothing_is_carried():
     assert bits(state.ax) == bits(CompensatedMean(params, jnp.zeros(4)))
 
 
+def test_what_is_carried_is_part_of_the_mean():
+    """By the weight it moves to the iterate as well, here to zero."""
+    mean = running_average(lambda n: 0.25, compensated=True)
+    one, carried = jnp.float32(1), jnp.float32(2**-26)
+    state = mean.init(one)._replace(average=CompensatedMean(one, carried))
+    assert mean.update(state, one).average == (1, 0.75 * carried)
+
+
+def test_a_residual_that_lacks_a_leaf_is_refused():
+    mean, tree = running_average(compensated=True), [jnp.ones(2), jnp.ones(3)]
+    state = mean.init(tree)
+    average = state.average._replace(residual=state.average.residual[:1])
+    with pytest.raises(ValueError, match="shorter"):
+        mean.update(state._replace(average=average), tree)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_averages_the_iterates_really_applied(dtype):
     """Over 2,000 steps under jit, to a few float32 eps of their size."""

@@ -49,7 +49,7 @@ NUMBERS = {
     "_posthoc_coefficients": "posthoc_coefficients",
     "_combine_averages": "combine_averages average_checkpoints",
     "_running_average": "running_average host_memory",
-    "_asgd": "asgd torch_parity conformance",
+    "_asgd": "checks asgd torch_parity conformance",
     "_averaging": "asgd averaging average_iterates host_memory conformance",
     "_numerics": "asgd averaging average_iterates nt_asgd conformance",
     "_nt_asgd": "nt_asgd conformance",
