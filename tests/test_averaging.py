@@ -96,6 +96,18 @@ def test_leaves_that_are_numbers(jitted):
             np.testing.assert_array_equal(leaf, of * np.asarray(param))
 
 
+@pytest.mark.parametrize("jitted", [False, True])
+def test_the_average_outlives_the_params(jitted):
+    """It is a copy of them, with and without a jit anywhere."""
+    params = {"jax": jnp.ones(3), "numpy": np.ones(3, np.float32)}
+    with jax.disable_jit(not jitted):
+        average = asgd().init(params).ax
+    params["jax"].delete()
+    params["numpy"][:] = 7.0
+    for leaf in average.values():
+        np.testing.assert_array_equal(leaf, np.ones(3))
+
+
 @pytest.mark.parametrize("compensated", [False, True])
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
 def test_before_averaging_the_average_follows_through_infinities(value, compensated):
@@ -115,6 +127,15 @@ def test_before_the_first_iterate_nothing_is_carried():
     params = jnp.array([1.0, -0.0, jnp.inf, jnp.nan])
     state = asgd(compensated=True).init(params)
     assert bits(state.ax) == bits(CompensatedMean(params, jnp.zeros(4)))
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_the_accumulator_of_complex_numbers_is_complex(precision):
+    """Of complex64 at least: there is none of half precision."""
+    params = {"real": jnp.ones(2), "complex": jnp.full(2, 1 + 2j)}
+    average = asgd(accumulator_dtype=precision).init(params).ax
+    assert average["real"].dtype == precision
+    assert bits(average["complex"]) == bits(params["complex"])
 
 
 def test_what_is_carried_is_part_of_the_mean():

@@ -50,7 +50,7 @@ NUMBERS = {
     "_combine_averages": "combine_averages average_checkpoints",
     "_running_average": "running_average host_memory",
     "_asgd": "checks asgd torch_parity conformance",
-    "_averaging": "asgd averaging average_iterates host_memory conformance",
+    "_averaging": "asgd averaging average_iterates host_memory flax conformance",
     "_numerics": "asgd averaging average_iterates nt_asgd conformance",
     "_nt_asgd": "nt_asgd conformance",
     "_average_iterates": "average_iterates averaging conformance",
