@@ -15,6 +15,7 @@ from asgd_optax import (
     running_average,
     track_random_scaling,
 )
+from asgd_optax._numerics import rounded
 from tests.support import (
     assert_average_follows,
     bits,
@@ -71,6 +72,18 @@ def test_nor_behind_another_optimizer(averaging, dtype):
         updates, state = jax.jit(tx.update)(g, tx.init(p), p)
         assert bits(updates) == bits(-0.1 * g)
         assert bits(averaged_params(state)) == bits(optax.apply_updates(p, updates))
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize(
+    ("narrow", "wide"), [("float16", "float32"), ("float32", "float64")]
+)
+def test_rounds_to_the_numbers_of_a_narrower_type(narrow, wide, jitted):
+    """Its subnormal ones too, which a compiler may not see through."""
+    with enable_x64(True):
+        x = 1.3 * np.asarray(hard_numbers(narrow), wide)
+        found = (jax.jit(rounded, static_argnums=1) if jitted else rounded)(x, narrow)
+        assert bits(found) == bits(x.astype(narrow).astype(wide))
 
 
 @pytest.mark.parametrize("compensated", [False, True])
