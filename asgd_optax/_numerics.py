@@ -59,8 +59,10 @@ def rounded(x: jax.Array, dtype: DTypeLike) -> jax.Array:
         if narrow.nexp == wide.nexp:
             return result
         # `reduce_precision` flushes what is subnormal in the narrow dtype. In the
-        # binade of `shift`, `x`'s own dtype has just its spacing.
-        shift = 1.5 * 2.0 ** (narrow.minexp - narrow.nmant + wide.nmant)
+        # binade of `shift`, `x`'s own dtype has just its spacing. A choice
+        # that is none hides it: XLA adds a constant and takes it off by doing neither.
+        binade = 1.5 * 2.0 ** (narrow.minexp - narrow.nmant + wide.nmant)
+        shift = jax.lax.select(x == x, jnp.full_like(x, binade), x)
         subnormal = (x + shift) - shift
         tiny = jnp.abs(x) < 2.0**narrow.minexp
         # A zero is left to `reduce_precision`, which keeps its sign.

@@ -135,6 +135,4 @@ def _filled(mean: Mean, tree: Any) -> Mean:
 
 def _copied(leaf: Any) -> jax.Array:
     """A real copy, not weakly typed, so that state and tree can be donated together."""
-    if isinstance(leaf, jax.Array):
-        return jnp.copy(leaf)
     return jnp.array(leaf, dtype=jnp.result_type(leaf))

@@ -187,6 +187,14 @@ def test_averaging_begins_at_t0_plus_2(t0, kind):
         assert float(found) == np.float32(expected), (step, t0)
 
 
+def test_averaging_begins_by_default_after_a_million_updates():
+    """As torch's `t0` has it: the weight at t0 + 1 is 1, at t0 + 2 a half."""
+    tx, zero = asgd(), jnp.zeros(())
+    for finished, weight in ((10**6 + 1, 1.0), (10**6 + 2, 0.5)):
+        state = tx.init(zero)._replace(step=jnp.int32(finished - 1))
+        assert tx.update(zero, state, zero)[1].mu == weight
+
+
 @pytest.mark.parametrize("traced", [False, True])
 @pytest.mark.parametrize("t0", [0.5, 2.25, 2.999, 2**20 + 0.5])
 def test_a_fractional_t0(t0, traced):

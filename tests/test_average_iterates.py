@@ -444,6 +444,15 @@ def test_start_and_every_changed_in_mid_run(starts, everies):
         assert int(state.inner_state.averaged) == len(taken)
 
 
+def test_a_start_moved_ahead_holds_the_average():
+    """Also where `every` is known to be 1, so that no step is left out."""
+    params = jnp.ones(3)
+    _, state = train_step(tx := average_iterates(), params, tx.init(params), params)
+    _, held = average_iterates(start=9).update(3 * params, state, params)
+    assert bits(held.average) == bits(state.average) == bits(2 * params)
+    assert held.averaged == 1
+
+
 PARAMS = {"w": jnp.ones((2, 3)), "b": [jnp.ones(3)]}
 
 

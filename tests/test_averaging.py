@@ -15,6 +15,7 @@ from asgd_optax import (
     running_average,
     track_random_scaling,
 )
+from asgd_optax._numerics import rounded
 from tests.support import (
     assert_average_follows,
     bits,
@@ -73,6 +74,18 @@ def test_nor_behind_another_optimizer(averaging, dtype):
         assert bits(averaged_params(state)) == bits(optax.apply_updates(p, updates))
 
 
+@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize(
+    ("narrow", "wide"), [("float16", "float32"), ("float32", "float64")]
+)
+def test_rounds_to_the_numbers_of_a_narrower_type(narrow, wide, jitted):
+    """Its subnormal ones too, which a compiler may not see through."""
+    with enable_x64(True):
+        x = 1.3 * np.asarray(hard_numbers(narrow), wide)
+        found = (jax.jit(rounded, static_argnums=1) if jitted else rounded)(x, narrow)
+        assert bits(found) == bits(x.astype(narrow).astype(wide))
+
+
 @pytest.mark.parametrize("compensated", [False, True])
 def test_a_weight_rounded_above_one_is_a_weight(compensated):
     """As that of an EMA written without care is at n = 1: 1 + 2**-23 at least."""
@@ -96,6 +109,18 @@ def test_leaves_that_are_numbers(jitted):
             np.testing.assert_array_equal(leaf, of * np.asarray(param))
 
 
+@pytest.mark.parametrize("jitted", [False, True])
+def test_the_average_outlives_the_params(jitted):
+    """It is a copy of them, with and without a jit anywhere."""
+    params = {"jax": jnp.ones(3), "numpy": np.ones(3, np.float32)}
+    with jax.disable_jit(not jitted):
+        average = asgd().init(params).ax
+    params["jax"].delete()
+    params["numpy"][:] = 7.0
+    for leaf in average.values():
+        np.testing.assert_array_equal(leaf, np.ones(3))
+
+
 @pytest.mark.parametrize("compensated", [False, True])
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
 def test_before_averaging_the_average_follows_through_infinities(value, compensated):
@@ -108,6 +133,38 @@ def test_before_averaging_the_average_follows_through_infinities(value, compensa
         applied, state = jax.jit(train_step, static_argnums=0)(tx, params, state, grads)
         assert bool(jnp.all(jnp.isfinite(applied))) == bool(np.isfinite(g))
         np.testing.assert_array_equal(averaged_params(state), applied)
+
+
+def test_before_the_first_iterate_nothing_is_carried():
+    """Of a parameter that is no number neither."""
+    params = jnp.array([1.0, -0.0, jnp.inf, jnp.nan])
+    state = asgd(compensated=True).init(params)
+    assert bits(state.ax) == bits(CompensatedMean(params, jnp.zeros(4)))
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_the_accumulator_of_complex_numbers_is_complex(precision):
+    """Of complex64 at least: there is none of half precision."""
+    params = {"real": jnp.ones(2), "complex": jnp.full(2, 1 + 2j)}
+    average = asgd(accumulator_dtype=precision).init(params).ax
+    assert average["real"].dtype == precision
+    assert bits(average["complex"]) == bits(params["complex"])
+
+
+def test_what_is_carried_is_part_of_the_mean():
+    """By the weight it moves to the iterate as well, here to zero."""
+    mean = running_average(lambda n: 0.25, compensated=True)
+    one, carried = jnp.float32(1), jnp.float32(2**-26)
+    state = mean.init(one)._replace(average=CompensatedMean(one, carried))
+    assert mean.update(state, one).average == (1, 0.75 * carried)
+
+
+def test_a_residual_that_lacks_a_leaf_is_refused():
+    mean, tree = running_average(compensated=True), [jnp.ones(2), jnp.ones(3)]
+    state = mean.init(tree)
+    average = state.average._replace(residual=state.average.residual[:1])
+    with pytest.raises(ValueError, match="shorter"):
+        mean.update(state._replace(average=average), tree)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

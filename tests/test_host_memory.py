@@ -4,6 +4,8 @@
 What a TPU's compiler makes of it is in `tests/tpu`.
 """
 
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -132,6 +134,40 @@ def test_a_state_made_there():
     state = jax.jit(tx.init, out_shardings=shardings)(params)
     assert kinds(averaged_params(state)) == {"pinned_host"}
     assert bits(averaged_params(state)) == bits(params)
+
+
+def test_each_leaf_waits_for_the_one_before():
+    """Or a compiler may bring all of them to the device at once."""
+    tx, params = average_iterates(), [jnp.ones(n) for n in (1, 2, 3, 4)]
+
+    @jax.make_jaxpr
+    def update(params):
+        state = tx.init(params)
+        average = jax.device_put(state.average, jax.memory.Space.Host)
+        return tx.update(params, state._replace(average=average), params)
+
+    fetched = [
+        [v.aval.shape for v in equation.invars]
+        for equation in update(params).eqns
+        if equation.primitive.name == "optimization_barrier"
+    ]
+    # And for no other: of many leaves there would be as many squared.
+    assert fetched == [[(1,)], [(2,), (1,)], [(3,), (2,)], [(4,), (3,)]]
+
+
+def test_a_mean_that_lies_there_in_part_is_left_where_it_is():
+    """JAX refuses to compute with it: nothing is moved that was not placed."""
+    tx = average_iterates(compensated=True)
+
+    def update(params, field):
+        state = tx.init(params)
+        there = jax.device_put(getattr(state.average, field), jax.memory.Space.Host)
+        average = state.average._replace(**{field: there})
+        return tx.update(params, state._replace(average=average), params)
+
+    for field in ("value", "residual"):
+        with pytest.raises(ValueError, match="memory_space"):
+            jax.eval_shape(partial(update, field=field), jnp.ones(3))
 
 
 def test_a_running_average():

@@ -76,6 +76,21 @@ def test_triggers_by_the_released_rule(nonmono, losses, expected):
     assert found == (None if expected is None else 3 * expected)
 
 
+def test_by_default_it_waits_for_five_losses_and_decays_nothing():
+    """But where it is to decay, the power is torch's."""
+    tx, p = nt_asgd(0.5), jnp.ones(())
+    state = tx.init(p)
+    for n, loss in enumerate([1, 2, 2, 2, 2, 2, 2]):
+        assert not triggered(state), n
+        update, state = tx.update(0 * p, state, p, validation_loss=loss)
+        assert update == 0
+    assert triggered(state)
+    update, state = tx.update(0 * p, state, p)
+    assert update == 0
+    update, _ = nt_asgd(0.5, lambd=2.0).update(p, state, 0 * p)
+    np.testing.assert_allclose(update, -0.5 / (1 + 2.0 * 0.5 * 2) ** 0.75, rtol=1e-6)
+
+
 HPS = {
     "learning_rate": lambda n: 0.5 / (1 + 0.25 * n),
     "lambd": 0.3,

@@ -55,6 +55,7 @@ def test_running_average_outside_of_jit_keeps_precision_and_input():
     first = np.array([1.0, 2.0], jnp.bfloat16)
     state = mean.update(mean.init(first), first)
     assert mean.value(state).dtype == jnp.float32
+    assert not isinstance(state.average, CompensatedMean)  # unless it is asked for
     state = mean.update(state, np.array([2.0, 2.015625], jnp.bfloat16))
     # Between two neighbours of bfloat16.
     np.testing.assert_array_equal(mean.value(state), [1.5, 2.0078125])
@@ -102,6 +103,8 @@ def test_leaves_that_are_no_floats_are_the_latest(compensated):
     assert (
         jax.random.key_data(value["key"]) == jax.random.key_data(tree(6)["key"])
     ).all()
+    # Or the next update would be compiled anew.
+    assert not any(value[name].weak_type for name in ("count", "flag", "python"))
     if compensated:
         residual = dict(state.average.residual)
         assert residual.pop("w").shape == (2,)
