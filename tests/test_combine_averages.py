@@ -69,6 +69,21 @@ def test_jax_arrays_are_summed_exactly(dtype):
     assert_rounded_once(found, numbers, 2.0**-76 if wide else 2.0**-34)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_coefficient_of_half_as_many_bits_is_not_rounded(dtype):
+    """Nor are its products: what is left of their difference is exact."""
+    number = float(2 ** ((np.finfo(dtype).nmant + 1) // 2) // 3 * 2 + 1)
+    x = np.random.default_rng(0).uniform(1, 2, 500).astype(dtype)
+    product = x * dtype(number)
+    exact = [
+        Fraction(float(a)) * Fraction(number) - Fraction(float(b))
+        for a, b in zip(x, product, strict=True)
+    ]
+    with enable_x64(dtype == np.float64):
+        found = combine_averages(map(jnp.asarray, (x, product)), [number, -1])
+        np.testing.assert_array_equal(found, np.array(exact, dtype=float))
+
+
 @pytest.mark.parametrize(
     "dtype", [jnp.bfloat16, *map(np.dtype, ["f2", "f4", "c8"])], ids=str
 )
@@ -264,7 +279,7 @@ def test_numbers_of_trees(number):
         ([], ValueError, "one or more numbers in a row"),
         (1.0, ValueError, r"in a row; got shape \(\)"),
         ([[1.0]], ValueError, r"in a row; got shape \(1, 1\)"),
-        ([np.nan], ValueError, "must be finite"),
+        ([1.0, np.nan], ValueError, "must be finite"),
         (["1"], TypeError, "must be real numbers"),
         ([1j], TypeError, "must be real numbers"),
         ([[1.0], [1.0, 2.0]], TypeError, "must be real numbers"),
