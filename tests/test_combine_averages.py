@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from asgd_optax import combine_averages
+from asgd_optax._combine_averages import _JaxSum, _Kind
 from tests.support import enable_x64
 
 # Sums of these lose all but the last digits.
@@ -228,6 +229,16 @@ def test_nothing_given_is_changed():
     found[:] = 7
     for x in (*kept, *numbers):
         np.testing.assert_array_equal(x, np.ones(3))
+
+
+def test_a_sum_is_kept_in_place():
+    """Its two arrays become those of the next: there are not four at a time."""
+    total = _JaxSum(_Kind((3,), np.dtype(np.float32)))
+    total.add(0.5, jnp.ones(3))
+    before = total.parts
+    total.add(0.5, jnp.ones(3))
+    assert len(before) == 2
+    assert all(x.is_deleted() for x in before)
 
 
 TREE = {"a": jnp.ones(2), "b": [np.ones(3, np.float32), jnp.arange(2)]}

@@ -141,7 +141,7 @@ def test_noise_out_of_range_is_nan_or_right(scale):
 
 
 def test_squares_are_told_from_1024_times_the_smallest_normal_number():
-    """Where the average has moved: what fell below it is not worth a digit then."""
+    """Where the average has moved: of smaller ones what fell below it may be missed."""
     state = track(jnp.full((2, 3), 1e-30) * jnp.array([[-1], [1]]))
     tiny = jnp.finfo(jnp.float32).tiny
     state = state._replace(spread=jnp.array([1023.5, 1024, 1024.5]) * tiny)
