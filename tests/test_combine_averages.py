@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from asgd_optax import combine_averages
+from asgd_optax._combine_averages import _JaxSum, _Kind
 from tests.support import enable_x64
 
 # Sums of these lose all but the last digits.
@@ -67,6 +68,21 @@ def test_jax_arrays_are_summed_exactly(dtype):
         assert found.dtype == dtype
         found = np.asarray(found)
     assert_rounded_once(found, numbers, 2.0**-76 if wide else 2.0**-34)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_coefficient_of_half_as_many_bits_is_not_rounded(dtype):
+    """Nor are its products: what is left of their difference is exact."""
+    number = float(2 ** ((np.finfo(dtype).nmant + 1) // 2) // 3 * 2 + 1)
+    x = np.random.default_rng(0).uniform(1, 2, 500).astype(dtype)
+    product = x * dtype(number)
+    exact = [
+        Fraction(float(a)) * Fraction(number) - Fraction(float(b))
+        for a, b in zip(x, product, strict=True)
+    ]
+    with enable_x64(dtype == np.float64):
+        found = combine_averages(map(jnp.asarray, (x, product)), [number, -1])
+        np.testing.assert_array_equal(found, np.array(exact, dtype=float))
 
 
 @pytest.mark.parametrize(
@@ -215,6 +231,16 @@ def test_nothing_given_is_changed():
         np.testing.assert_array_equal(x, np.ones(3))
 
 
+def test_a_sum_is_kept_in_place():
+    """Its two arrays become those of the next: there are not four at a time."""
+    total = _JaxSum(_Kind((3,), np.dtype(np.float32)))
+    total.add(0.5, jnp.ones(3))
+    before = total.parts
+    total.add(0.5, jnp.ones(3))
+    assert len(before) == 2
+    assert all(x.is_deleted() for x in before)
+
+
 TREE = {"a": jnp.ones(2), "b": [np.ones(3, np.float32), jnp.arange(2)]}
 
 
@@ -264,7 +290,7 @@ def test_numbers_of_trees(number):
         ([], ValueError, "one or more numbers in a row"),
         (1.0, ValueError, r"in a row; got shape \(\)"),
         ([[1.0]], ValueError, r"in a row; got shape \(1, 1\)"),
-        ([np.nan], ValueError, "must be finite"),
+        ([1.0, np.nan], ValueError, "must be finite"),
         (["1"], TypeError, "must be real numbers"),
         ([1j], TypeError, "must be real numbers"),
         ([[1.0], [1.0, 2.0]], TypeError, "must be real numbers"),
