@@ -185,6 +185,13 @@ def test_one_snapshot_is_taken_whole():
     assert fit.amplification == 1
 
 
+def test_weights_past_the_last_iterate_are_not_looked_at():
+    """Here they would be more than 1."""
+    fit = posthoc_coefficients([AverageProfile(2)], AverageProfile(2, lambda n: n / 2))
+    # (1/2, 1/2) against (0, 1).
+    assert fit.residual == pytest.approx(np.sqrt(0.5))
+
+
 def random_walk(steps):
     rng = np.random.default_rng(0)
     return np.cumsum(rng.standard_normal((steps + 1, 7)), axis=0)
