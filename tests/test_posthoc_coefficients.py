@@ -318,7 +318,7 @@ def test_blocks_tell_averages_apart_that_have_no_iterate_in_common(monkeypatch):
     kept = [
         AverageProfile(900, start=1, every=3),
         AverageProfile(901, WEIGHTINGS["whole numbers alone"], 2, 3),
-        AverageProfile(900, start=902, every=3),
+        AverageProfile(902, start=902, every=3),
     ]
     target = AverageProfile(903, exponential_weighting(0.99, debias=False), every=3)
     exact = posthoc_coefficients(kept, target)
