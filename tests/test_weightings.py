@@ -38,6 +38,12 @@ def test_exponential_weights_in_float32(decay):
             np.testing.assert_allclose(found, exact, rtol=4 * EPS, err_msg=f"n = {n}")
 
 
+def test_no_nan_nor_infinity_on_the_way():
+    """Or `jax_debug_nans`, by which others look for theirs, would stop here."""
+    with jax.debug_nans(True), jax.debug_infs(True):
+        assert exponential_weighting(0.0)(10**7) == 1
+
+
 @pytest.mark.parametrize(
     "make", [exponential_weighting, polynomial_weighting, power_weighting]
 )
@@ -93,7 +99,8 @@ def test_power_weights_in_float32(gamma):
 
 def test_the_gradient_over_gamma():
     slope = jax.jit(jax.grad(lambda g, n: power_weighting(g)(n)))
-    assert float(slope(2.0, 1)) == 0
+    for gamma in (2.0, 1000.0):
+        assert float(slope(gamma, 1)) == 0
     with enable_x64(True):
         for n in (2, 5, 10**6):
             h = 1e-6
@@ -126,6 +133,14 @@ def test_the_width_is_that_of_the_average():
 def test_the_widest_is_uniform_to_rounding(kind):
     gamma = gamma_of_width(kind(1 / np.sqrt(12)))
     assert 0 <= gamma < 1e-5
+
+
+def test_the_widest_may_have_been_rounded_up_in_float32():
+    """To the next number above, and to none beyond."""
+    above = np.nextafter(np.float32(1 / np.sqrt(12)), np.float32(1))
+    assert gamma_of_width(above) == 0
+    with pytest.raises(ValueError, match="^width must be more than 0 and at most"):
+        gamma_of_width(np.nextafter(above, np.float32(1)))
 
 
 @pytest.mark.parametrize("width", [0, -0.1, 0.2888, 1, np.inf, np.nan, 1e-200])
