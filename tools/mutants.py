@@ -16,11 +16,13 @@ the very ones that make the numbers.
 
 import argparse
 import ast
+import functools
 import importlib
 import json
 import os
 import pathlib
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -75,6 +77,7 @@ OTHERS = {
 TESTS = NUMBERS | OTHERS
 SAMPLE, SEED = 200, 0
 KILLED, SURVIVED = "killed", "survived"
+MEMORY = 12 * 2**30  # bytes, that a mutant does not fill the machine's
 
 # cosmic-ray has every operator in place of every other. Here each gets the one or two
 # that a slip would put there.
@@ -184,9 +187,15 @@ def source_of(module: str) -> pathlib.Path:
     return pathlib.Path("asgd_optax", f"{module}.py")
 
 
+@functools.cache
+def text_of(module: str) -> str:
+    """The module as it was when this began, whatever becomes of it meanwhile."""
+    return (ROOT / source_of(module)).read_text()
+
+
 def mutants_of(module: str) -> dict[Mutant, str]:
     """The mutants of a module, each with the module's text in it."""
-    text = (ROOT / source_of(module)).read_text()
+    text = text_of(module)
     seen, counts, mutants = {meaning(text)}, Counter(), {}
     for mutated in mutations(text):
         try:
@@ -335,6 +344,7 @@ def timed_tests(module: str, limit: float | None) -> tuple[str, str, float]:
         child = os.fork()
         if child == 0:
             os.setsid()
+            resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
             os.dup2(output.fileno(), 1)
             os.dup2(output.fileno(), 2)
             os._exit(pytest.main(options + files))
@@ -349,6 +359,8 @@ def timed_tests(module: str, limit: float | None) -> tuple[str, str, float]:
                 os.killpg(child, signal.SIGKILL)
         output.seek(0)
         said = output.read().decode(errors="replace")
+    if code > pytest.ExitCode.INTERRUPTED:
+        sys.exit(f"{module}: its tests were not run\n{said}")
     return KILLED if code else SURVIVED, said, time.monotonic() - started
 
 
@@ -356,16 +368,15 @@ def outcomes(module: str) -> dict[Mutant, str]:
     """What became of the mutants of the module as it is that were tried."""
     path = results_of(module)
     kept = json.loads(path.read_text()) if path.exists() else {}
-    if kept.get("source") != (ROOT / source_of(module)).read_text():
+    if kept.get("source") != text_of(module):
         return {}
     return {Mutant(*key): outcome for *key, outcome in kept["tried"]}
 
 
 def save(mutant: Mutant, outcome: str) -> None:
-    source = (ROOT / source_of(mutant.module)).read_text()
     tried = outcomes(mutant.module) | {mutant: outcome}
     listed = [[*mutant, outcome] for mutant, outcome in tried.items()]
-    content = json.dumps({"source": source, "tried": listed}, indent=1)
+    content = json.dumps({"source": text_of(mutant.module), "tried": listed}, indent=1)
     results_of(mutant.module).write_text(content)
 
 
@@ -434,7 +445,7 @@ def main() -> None:
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
         # Not the library: it is imported where it is tested.
-        for name in ("chex", "jax", "optax"):
+        for name in ("chex", "jax", "optax", "scipy.integrate"):
             importlib.import_module(name)
         for module in modules:
             tried = outcomes(module)
