@@ -173,6 +173,10 @@ def test_many_misfits_make_a_short_message():
     with pytest.raises(ValueError, match=r"lacks .*97 more.* and has") as raised:
         averaged_params(state, {f"v{i}": jnp.ones(1) for i in range(100)})
     assert len(str(raised.value)) < 500
+    params = {f"w{i}": jnp.ones(1) for i in range(4)}
+    message = r"at \['w1'\]: .*\['w3'\]\"\] and has \[\] besides"  # all of them
+    with pytest.raises(ValueError, match=message):
+        averaged_params(asgd().init({"w0": jnp.ones(1)}), params)
 
 
 def test_none_in_the_average_is_taken_from_params():
@@ -253,6 +257,10 @@ def test_a_field_called_value():
 def test_keys_that_print_alike_are_told_apart():
     with pytest.raises(ValueError, match=r"lacks .*DictKey.* has .*SequenceKey"):
         averaged_params(asgd().init([jnp.ones(2)]), {0: jnp.ones(2)})
+    with pytest.raises(ValueError, match="lacks") as raised:
+        averaged_params(asgd().init([1.0] * 4), dict.fromkeys(range(4), 1.0))
+    for kind in ("DictKey", "SequenceKey"):
+        assert str(raised.value).count(kind) == 3
 
 
 def test_averages_that_differ_among_themselves():

@@ -37,7 +37,8 @@ def test_negative_or_nan(name, value, convert):
 @pytest.mark.parametrize("name", HYPERPARAMETERS)
 @pytest.mark.parametrize("value", [np.inf, 1e39, 10**400])
 def test_infinite(name, value):
-    """In float32, in which it will be used."""
+    """In float32, in which it will be used, up to the largest number there."""
+    asgd(**{name: np.finfo(np.float32).max})
     if name == "t0":
         asgd(t0=value)
     else:
