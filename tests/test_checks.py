@@ -101,7 +101,7 @@ def test_accumulator_dtype(dtype):
 
 
 @pytest.mark.parametrize(
-    "leaf", [jnp.ones(3, int), np.array([True]), 3, "text", jax.random.key(0)]
+    "leaf", [jnp.ones(3, int), np.array([True]), 3, "text", len, jax.random.key(0)]
 )
 def test_params_that_cannot_be_averaged(leaf):
     with pytest.raises(TypeError, match=r"^params\['b'\]\[0\] is"):
