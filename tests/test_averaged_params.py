@@ -136,6 +136,7 @@ def test_a_leaf_that_nothing_averages():
         ({"w": jnp.ones(3), "b": jnp.ones(1)}, "differ in structure"),
         ({"v": jnp.ones(3)}, "lacks .*'v'.* and has .*'w'.* besides"),
         ({"w": {"x": jnp.ones(3)}}, r"differ in structure at \['w'\]"),
+        ({"w": {"x": jnp.ones(3)}, "z": jnp.ones(1)}, r"in structure at \['w'\]"),
         (jnp.ones(3), "differ in structure at the parameters: .* has .*'w'.* besides"),
     ],
 )
@@ -252,6 +253,15 @@ def test_a_field_called_value():
         averaged_params(state, p._replace(other=p.other | {"b": jnp.ones(4)}))
     with pytest.raises(ValueError, match=r"at \.value: .*has \['\.value'\]"):
         averaged_params(asgd().init(params), params._replace(value={"x": jnp.ones(2)}))
+
+
+def test_variables_and_plain_arrays_go_together():
+    """As NNX keeps them: the array of a variable is its field `value`."""
+    plain = {"w": jnp.ones(2), "b": jnp.ones(3)}
+    boxed = {name: Valued(x, None) for name, x in plain.items()}
+    for average, params in ((plain, boxed), (boxed, plain)):
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        assert bits(averaged_params(asgd().init(average), zeros)) == bits(params)
 
 
 def test_keys_that_print_alike_are_told_apart():
