@@ -257,8 +257,8 @@ def test_a_field_called_value():
 
 def test_variables_and_plain_arrays_go_together():
     """As NNX keeps them: the array of a variable is its field `value`."""
-    plain = {"w": jnp.ones(2), "b": jnp.ones(3)}
-    boxed = {name: Valued(x, None) for name, x in plain.items()}
+    plain = {"layer": {"w": jnp.ones(2), "b": jnp.ones(3)}}
+    boxed = jax.tree.map(lambda x: Valued(x, None), plain)
     for average, params in ((plain, boxed), (boxed, plain)):
         zeros = jax.tree.map(jnp.zeros_like, params)
         assert bits(averaged_params(asgd().init(average), zeros)) == bits(params)
