@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from pathlib import Path
@@ -341,6 +342,7 @@ def test_targets_of_many_kinds(run):
     key = jax.eval_shape(lambda: jax.random.key(0))
     found = average_checkpoints(paths, part="rng/typed", like=key)
     assert bits(jax.random.key_data(found)) == bits(np.array([0, 2], np.uint32))
+    assert found.devices() == {jax.devices()[0]}
 
     like = {"typed": np.zeros(2, np.uint32), "raw": jnp.zeros(2, jnp.uint32)}
     found = average_checkpoints(paths, part="rng", like=like)
@@ -388,6 +390,8 @@ def test_what_differs_is_named_before_anything_is_read(
     message = message.format(first)
     with pytest.raises(ValueError, match=re.escape(f"{other}{message}")):
         average_checkpoints([first, first, other], part="p")
+    with pytest.raises(ValueError, match=re.escape(f"{other}{message}")):
+        average_checkpoints([first, other], part="p")
     with pytest.raises(ValueError, match=re.escape(f"like{message}")):
         average_checkpoints([first], part="p", like=SAVED | change)
 
@@ -562,6 +566,22 @@ def test_what_is_held(groups, tmp_path, monkeypatch):
         ]
         for kept in (earlier, begun, told):
             kept.clear()
+
+
+def test_a_group_of_more_than_half_is_not_read_ahead(tmp_path, monkeypatch):
+    """It would be held together with another one."""
+    path = save(tmp_path / "1", {"a": np.ones(1), "b": np.ones(100)})
+    threads = []
+
+    def recording(*arguments):
+        threads.append(threading.current_thread())
+        return read(*arguments)
+
+    monkeypatch.setattr("asgd_optax._orbax_checkpoints.read", recording)
+    monkeypatch.setattr("asgd_optax._combine_checkpoints._LEAST", 1)
+    monkeypatch.setattr("asgd_optax._combine_checkpoints._GROUPS", 101)
+    average_checkpoints([path])
+    assert threads == 2 * [threading.main_thread()]
 
 
 def test_a_reader_that_fails(run, monkeypatch):

@@ -136,6 +136,7 @@ def test_a_leaf_that_nothing_averages():
         ({"w": jnp.ones(3), "b": jnp.ones(1)}, "differ in structure"),
         ({"v": jnp.ones(3)}, "lacks .*'v'.* and has .*'w'.* besides"),
         ({"w": {"x": jnp.ones(3)}}, r"differ in structure at \['w'\]"),
+        ({"w": {"x": jnp.ones(3)}, "z": jnp.ones(1)}, r"in structure at \['w'\]"),
         (jnp.ones(3), "differ in structure at the parameters: .* has .*'w'.* besides"),
     ],
 )
@@ -173,6 +174,10 @@ def test_many_misfits_make_a_short_message():
     with pytest.raises(ValueError, match=r"lacks .*97 more.* and has") as raised:
         averaged_params(state, {f"v{i}": jnp.ones(1) for i in range(100)})
     assert len(str(raised.value)) < 500
+    params = {f"w{i}": jnp.ones(1) for i in range(4)}
+    message = r"at \['w1'\]: .*\['w3'\]\"\] and has \[\] besides"  # all of them
+    with pytest.raises(ValueError, match=message):
+        averaged_params(asgd().init({"w0": jnp.ones(1)}), params)
 
 
 def test_none_in_the_average_is_taken_from_params():
@@ -250,9 +255,22 @@ def test_a_field_called_value():
         averaged_params(asgd().init(params), params._replace(value={"x": jnp.ones(2)}))
 
 
+def test_variables_and_plain_arrays_go_together():
+    """As NNX keeps them: the array of a variable is its field `value`."""
+    plain = {"layer": {"w": jnp.ones(2), "b": jnp.ones(3)}}
+    boxed = jax.tree.map(lambda x: Valued(x, None), plain)
+    for average, params in ((plain, boxed), (boxed, plain)):
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        assert bits(averaged_params(asgd().init(average), zeros)) == bits(params)
+
+
 def test_keys_that_print_alike_are_told_apart():
     with pytest.raises(ValueError, match=r"lacks .*DictKey.* has .*SequenceKey"):
         averaged_params(asgd().init([jnp.ones(2)]), {0: jnp.ones(2)})
+    with pytest.raises(ValueError, match="lacks") as raised:
+        averaged_params(asgd().init([1.0] * 4), dict.fromkeys(range(4), 1.0))
+    for kind in ("DictKey", "SequenceKey"):
+        assert str(raised.value).count(kind) == 3
 
 
 def test_averages_that_differ_among_themselves():

@@ -37,7 +37,8 @@ def test_negative_or_nan(name, value, convert):
 @pytest.mark.parametrize("name", HYPERPARAMETERS)
 @pytest.mark.parametrize("value", [np.inf, 1e39, 10**400])
 def test_infinite(name, value):
-    """In float32, in which it will be used."""
+    """In float32, in which it will be used, up to the largest number there."""
+    asgd(**{name: np.finfo(np.float32).max})
     if name == "t0":
         asgd(t0=value)
     else:
@@ -100,7 +101,7 @@ def test_accumulator_dtype(dtype):
 
 
 @pytest.mark.parametrize(
-    "leaf", [jnp.ones(3, int), np.array([True]), 3, "text", jax.random.key(0)]
+    "leaf", [jnp.ones(3, int), np.array([True]), 3, "text", len, jax.random.key(0)]
 )
 def test_params_that_cannot_be_averaged(leaf):
     with pytest.raises(TypeError, match=r"^params\['b'\]\[0\] is"):

@@ -229,6 +229,14 @@ def test_linen_momentum_mode_and_earlier_statistics_play_no_part(
         np.testing.assert_array_equal(got, wanted)
 
 
+def test_linen_overrules_a_mode_that_is_told_by_position():
+    batches, norm = make_batches(), linen.BatchNorm(**ACCURATE)
+    variables = {"params": {"scale": jnp.ones(FEATURES), "bias": jnp.zeros(FEATURES)}}
+    new = update_batch_stats(norm, batches, variables, call=lambda m, x: m(x, True))
+    wanted = np.average([x.mean(0) for x in batches], axis=0, weights=SIZES)
+    np.testing.assert_allclose(new["batch_stats"]["mean"], wanted, rtol=1e-5)
+
+
 def test_nnx_changes_nothing_but_the_statistics():
     model = NNXNet()  # in training mode: the calls draw dropout
     model(make_batches()[0])

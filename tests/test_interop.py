@@ -218,7 +218,9 @@ def test_goes_on_as_torch_did(name, recorded):
 def test_groups_that_differ_are_refused(recorded):
     state_dict = recorded["groups"][0].state_dict
     with pytest.raises(
-        ValueError, match=r"groups differ: lr is 0.1.*'bias'.*partition"
+        ValueError,
+        match=r"groups differ: lr is 0.1 in param_groups\[0\] \('conv.weight', 'blocks"
+        r".0.weight', 'blocks.1.weight'\) .* in param_groups\[1\] \('bias'\):.*parti",
     ):
         state_from_torch(state_dict, NAMES, to_params)
     with pytest.raises(ValueError, match=r"groups differ: lr.*param_groups\[1\]"):
@@ -295,6 +297,19 @@ def test_numbers_agree_up_to_the_dtype_to_which_torch_cast_them(recorded):
     state_dict["state"][0]["eta"] = np.array(0.2, ml_dtypes.bfloat16)
     with pytest.raises(ValueError, match=r"eta is 0.09.* and 0.2.* 'conv.weight'.*one"):
         state_from_torch(state_dict, NAMES, to_params)
+
+
+@pytest.mark.parametrize(("roundings", "agree"), [(4, True), (5, False)])
+def test_numbers_agree_up_to_a_few_roundings(roundings, agree, recorded):
+    _, state_dict = recorded["float64"][0]
+    for entry in state_dict["state"].values():
+        entry["mu"] = 0.5
+    state_dict["state"][3]["mu"] = 0.5 * (1 + roundings * np.finfo(float).eps)
+    if agree:
+        assert state_from_torch(state_dict, NAMES, to_params).mu == 0.5
+    else:
+        with pytest.raises(ValueError, match="mu is 0.5 for .* and 0.5 for 'bias'"):
+            state_from_torch(state_dict, NAMES, to_params)
 
 
 def test_hyperparams():
@@ -694,7 +709,7 @@ def test_bad_names_are_refused(names, error, message, recorded):
         ),
         (lambda w: w | {"bias": "text"}, TypeError, r"\['bias'\] is"),
         (
-            lambda w: w | {"bias": w["bias"] * 1e300},
+            lambda w: w | {"bias": w["bias"] * [1.0, 1e300]},
             ValueError,
             r"\['bias'\] is not finite in float32",
         ),

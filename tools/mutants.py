@@ -61,7 +61,7 @@ NUMBERS = {
     "_running_random_scaling": "random_scaling conformance",
 }
 OTHERS = {
-    "_checks": "checks asgd interop",
+    "_checks": "checks asgd interop running_average average_checkpoints",
     "interop": "interop",
     "_torch_state": "interop",
     "flax": "flax",
