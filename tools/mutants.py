@@ -8,7 +8,8 @@ then it is killed. Of modules that make no numbers a sample is run.
 
 What was killed is kept in `build/mutants/MODULE.json` while its module stays as it is:
 a second run takes up where the first stopped, and tries the survivors anew. Remove
-the file to try all of them.
+the file to try all of them. What is listed as equivalent is not run, but by
+`--equivalent`, and then has to survive.
 
 Why not mutmut: it leaves decorated functions as they are, and here `jax.jit` decorates
 the very ones that make the numbers.
@@ -420,6 +421,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("modules", nargs="*", metavar="MODULE", help="by default all")
     parser.add_argument("--report", action="store_true", help="run none")
+    parser.add_argument(
+        "--equivalent", action="store_true", help="run those listed as equivalent alone"
+    )
     options = parser.parse_args()
     modules = options.modules or list(TESTS)
     if unknown := set(modules) - set(TESTS):
@@ -452,13 +456,18 @@ def main() -> None:
             left = {
                 m: made[module][m]
                 for m in chosen[module]
-                if m not in same and tried.get(m) != KILLED
+                if (m in same) is options.equivalent and tried.get(m) != KILLED
             }
             if left:
                 try_mutants(module, left)
     text = report(made, {module: chosen[module] for module in modules}, same)
     (BUILD / "report.md").write_text(text)
     print(text)
+    told = {m for module in modules for m in same if outcomes(module).get(m) == KILLED}
+    if told:
+        sys.exit(
+            "listed as equivalent, and killed\n" + "\n".join(map(Mutant.diff, told))
+        )
 
 
 if __name__ == "__main__":
