@@ -581,7 +581,7 @@ def test_a_group_of_more_than_half_is_not_read_ahead(tmp_path, monkeypatch):
     monkeypatch.setattr("asgd_optax._combine_checkpoints._LEAST", 1)
     monkeypatch.setattr("asgd_optax._combine_checkpoints._GROUPS", 101)
     average_checkpoints([path])
-    assert threads == 2 * [threading.main_thread()]
+    assert threads == 2 * [threading.current_thread()]
 
 
 def test_a_reader_that_fails(run, monkeypatch):

@@ -231,6 +231,13 @@ def test_nothing_given_is_changed():
         np.testing.assert_array_equal(x, np.ones(3))
 
 
+def test_a_sum_is_bound_to_no_device_to_which_the_averages_are_not():
+    """It goes with what lies on another, as they would."""
+    found = combine_averages([jnp.ones(3)], [2.0])
+    there = jax.device_put(jnp.ones(3), jax.devices()[1])
+    assert (found + there).devices() == there.devices()
+
+
 def test_a_sum_is_kept_in_place():
     """Its two arrays become those of the next: there are not four at a time."""
     total = _JaxSum(_Kind((3,), np.dtype(np.float32)))

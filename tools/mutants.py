@@ -344,25 +344,39 @@ def timed_tests(module: str, limit: float | None) -> tuple[str, str, float]:
         # A copy of this process, which has what takes long to import.
         child = os.fork()
         if child == 0:
-            os.setsid()
-            resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-            os.dup2(output.fileno(), 1)
-            os.dup2(output.fileno(), 2)
-            os._exit(pytest.main(options + files))
+            code = pytest.ExitCode.INTERNAL_ERROR
+            try:
+                os.setsid()
+                resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+                os.dup2(output.fileno(), 1)
+                os.dup2(output.fileno(), 2)
+                code = pytest.main(options + files)
+            finally:
+                # Whatever was raised: what comes next is the parent's.
+                os._exit(code)
         code = None
-        while code is None:
-            time.sleep(0.02)
-            ended, status = os.waitpid(child, os.WNOHANG)
-            if ended:
-                code = os.waitstatus_to_exitcode(status)
-            elif limit and time.monotonic() > started + limit:
-                # Also the processes that the tests have started.
-                os.killpg(child, signal.SIGKILL)
+        try:
+            while code is None:
+                time.sleep(0.02)
+                ended, status = os.waitpid(child, os.WNOHANG)
+                if ended:
+                    code = os.waitstatus_to_exitcode(status)
+                elif limit and time.monotonic() > started + limit:
+                    kill(child)
+        finally:
+            # Where this is interrupted: a session of its own does not hear of that.
+            if code is None:
+                kill(child)
         output.seek(0)
         said = output.read().decode(errors="replace")
     if code > pytest.ExitCode.INTERRUPTED:
         sys.exit(f"{module}: its tests were not run\n{said}")
     return KILLED if code else SURVIVED, said, time.monotonic() - started
+
+
+def kill(session: int) -> None:
+    """Ends the tests, and the processes that they have started."""
+    os.killpg(session, signal.SIGKILL)
 
 
 def outcomes(module: str) -> dict[Mutant, str]:
