@@ -186,7 +186,7 @@ def _checked(name: str, profile: AverageProfile) -> _Profile:
         raise TypeError(f"{name} must be an AverageProfile; got {profile!r}")
     step = _whole(f"{name}.step", profile.step, at_least=0, may_be_inf=False)
     if step > LAST_STEP:
-        raise ValueError(f"{name}.step must be less than 2**31; got {step}")
+        raise ValueError(f"{name}.step must be less than 2**31; got {profile.step}")
     start = _whole(f"{name}.start", profile.start, at_least=0)
     every = _whole(f"{name}.every", profile.every, at_least=1)
     include_start = profile.include_start

@@ -288,7 +288,7 @@ def _most_precise(key: str, values: dict[str, np.ndarray]) -> float:
         eps, tiny = float(limits(name).eps), float(limits(name).tiny)
         if abs(float(value) - expected) > 4 * eps * max(expected, tiny):
             raise ValueError(
-                f"{key} is {expected:g} for {best!r} and {float(value):g} for {name!r},"
+                f"{key} is {expected} for {best!r} and {float(value)} for {name!r},"
                 " as after a change of one group's hyperparameters: make one more step"
                 f" in torch, or {_USE_PARTITION}"
             )

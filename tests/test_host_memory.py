@@ -166,7 +166,7 @@ def test_a_mean_that_lies_there_in_part_is_left_where_it_is():
         return tx.update(params, state._replace(average=average), params)
 
     for field in ("value", "residual"):
-        with pytest.raises(ValueError, match="memory_space"):
+        with pytest.raises(ValueError):  # noqa: PT011 - the words are JAX's
             jax.eval_shape(partial(update, field=field), jnp.ones(3))
 
 

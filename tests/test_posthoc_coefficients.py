@@ -367,6 +367,8 @@ GOOD = AverageProfile(5)
         (ValueError, "step must be a whole number", AverageProfile(1.5)),
         (ValueError, "step must be finite", AverageProfile(np.inf)),
         (ValueError, "step must be less than 2**31", AverageProfile(2**31)),
+        (ValueError, "step must be less than 2**31; got 1000000000000",
+         AverageProfile(10**12)),
         (TypeError, "step must be a number", AverageProfile("3")),
         (ValueError, "start must not be negative", AverageProfile(3, start=-1)),
         (ValueError, "start must be a whole number", AverageProfile(3, start=0.5)),

@@ -78,7 +78,7 @@ OTHERS = {
 TESTS = NUMBERS | OTHERS
 SAMPLE, SEED = 200, 0
 KILLED, SURVIVED = "killed", "survived"
-MEMORY = 12 * 2**30  # bytes, that a mutant does not fill the machine's
+MEMORY = 12 * 2**30  # bytes, so that a mutant does not fill the machine's
 
 # cosmic-ray has every operator in place of every other. Here each gets the one or two
 # that a slip would put there.
@@ -228,7 +228,10 @@ def mutations(text: str) -> Iterator[str]:
 
 
 def meaning(text: str) -> str:
-    """What tells one program from another: not their annotations."""
+    """What tells one program from another: not their annotations.
+
+    Of `not a < b` and `a >= b`, which differ at NaN, one is kept.
+    """
     return ast.dump(Bare().visit(ast.parse(text)))
 
 
@@ -331,7 +334,8 @@ def try_mutants(module: str, mutants: dict[Mutant, str]) -> None:
         outcome, _, took = timed_tests(module, 30 + 3 * seconds)
         path.write_text(original)
         print(f"{outcome} after {took:.1f} s\n{mutant.diff()}", flush=True)
-        save(mutant, outcome)
+        if outcome in {KILLED, SURVIVED}:
+            save(mutant, outcome)
 
 
 def timed_tests(module: str, limit: float | None) -> tuple[str, str, float]:
@@ -369,9 +373,10 @@ def timed_tests(module: str, limit: float | None) -> tuple[str, str, float]:
                 kill(child)
         output.seek(0)
         said = output.read().decode(errors="replace")
+    outcome = KILLED if code else SURVIVED
     if code > pytest.ExitCode.INTERRUPTED:
-        sys.exit(f"{module}: its tests were not run\n{said}")
-    return KILLED if code else SURVIVED, said, time.monotonic() - started
+        outcome = f"not run: pytest ended with {code}"
+    return outcome, said, time.monotonic() - started
 
 
 def kill(session: int) -> None:
@@ -399,32 +404,34 @@ def results_of(module: str) -> pathlib.Path:
     return BUILD / f"{module}.json"
 
 
-def equivalent() -> set[Mutant]:
-    """The mutants that no test can kill; each is listed with the reason."""
+def equivalent() -> dict[Mutant, str]:
+    """The mutants that no test can kill, and why."""
     entries = tomllib.loads(EQUIVALENT.read_text()).get("mutant", [])
     return {
-        Mutant(*(entry[name] for name in Mutant._fields[:-1]), entry.get("number", 0))
+        Mutant(
+            *(entry[name] for name in Mutant._fields[:-1]), entry.get("number", 0)
+        ): entry["why"]
         for entry in entries
-        if entry["why"]
     }
 
 
 def report(
     made: dict[str, dict[Mutant, str]],
     chosen: dict[str, list[Mutant]],
-    same: set[Mutant],
+    same: dict[Mutant, str],
 ) -> str:
-    """The table, and what is alive."""
-    columns = "made", "run", "killed", "equivalent", "alive"
+    """The table, and what is alive. What is in no column has not been tried."""
+    columns = "made", "chosen", "killed", "equivalent", "as exact", "alive"
     rows, alive = {}, []
     for module, mutants in chosen.items():
         tried = outcomes(module)
-        equal = same.intersection(mutants)
-        run = [m for m in mutants if m in equal or m in tried]
-        left = [m for m in run if m not in equal and tried[m] != KILLED]
-        dead = len(run) - len(equal) - len(left)
-        rows[f"`{module}`"] = [len(made[module]), len(run), dead, len(equal), len(left)]
-        alive += left
+        why = [same[m] for m in mutants if m in same]
+        exact = sum(reason.startswith("as exact") for reason in why)
+        left = [m for m in mutants if m not in same and m in tried]
+        dead = [m for m in left if tried[m] == KILLED]
+        row = [len(dead), len(why) - exact, exact, len(left) - len(dead)]
+        rows[f"`{module}`"] = [len(made[module]), len(mutants), *row]
+        alive += [m for m in left if m not in dead]
     rows["all"] = [sum(column) for column in zip(*rows.values(), strict=True)]
     lines = [f"| module | {' | '.join(columns)} |", "| :-- |" + " --: |" * len(columns)]
     lines += [f"| {name} | {' | '.join(map(str, row))} |" for name, row in rows.items()]
