@@ -13,15 +13,15 @@ def test_the_lesson_begins_to_average_by_itself(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(lesson, "RATE", 30.0)
     monkeypatch.setattr(lesson, "NONMONO", 1)
     figure = tmp_path / "new" / "figure.png"
-    results = lesson.main(figure, epochs=16, hidden=32)
+    # Long enough that the margin holds on machines that round otherwise.
+    results = lesson.main(figure, epochs=24, hidden=32)
     began, iterate, average = (results[x] for x in ("began", "iterate", "average"))
     assert 1 < began < 16
     np.testing.assert_array_equal(average[:began], iterate[:began])
-    # A run at such a rate differs from machine to machine: 0.91 is the most seen.
-    assert average[-1] < 0.95 * iterate[-1]
+    assert average[-1] < 0.9 * iterate[-1]
     assert figure.read_bytes().startswith(PNG_SIGNATURE)
     printed = capsys.readouterr().out
-    assert f"after epoch {began} of 16" in printed
+    assert f"after epoch {began} of 24" in printed
     assert f"last iterate {iterate[-1]:.2f}, average {average[-1]:.2f}" in printed
 
 
