@@ -37,14 +37,18 @@ $(VENV)-tpu/.test $(VENV)-gpu/.test: pyproject.toml
 demo: $(VENV)/.examples  ## Train on the digits, print the table, draw out/digits.png
 	$(BIN)/python -m examples.digits $(ARGS)
 
-# Without those of the benchmarks, whose time a newcomer is spared: `make test-benchmarks`.
-.PHONY: test
-test: $(VENV)/.test  ## Run the tests and doctests
-	$(BIN)/python -m pytest -n 2 --ignore-glob='tests/test_benchmark_*' $(ARGS)
+# The programs' tests, which train, are apart: a newcomer is spared their time. A worker
+# that is done takes over what another has left.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
+PROGRAMS := test_example_*.py test_benchmark_*.py
 
-.PHONY: test-benchmarks
-test-benchmarks: $(VENV)/.test  ## Run the tests of the benchmarks
-	$(BIN)/python -m pytest -n 2 tests/test_benchmark_*.py $(ARGS)
+.PHONY: test
+test: $(VENV)/.test  ## Run the library's tests and the doctests
+	$(PYTEST) $(PROGRAMS:%=--ignore-glob='tests/%') $(ARGS)
+
+.PHONY: test-programs
+test-programs: $(VENV)/.test  ## Run the tests of the lessons and of the benchmarks
+	$(PYTEST) $(PROGRAMS:%=tests/%) $(ARGS)
 
 .PHONY: test-tpu
 test-tpu: $(VENV)-tpu/.test  ## Ask the TPU compiler, without a TPU

@@ -21,7 +21,7 @@ nox.options.error_on_missing_interpreters = True
 
 # Of the core alone: no Flax, so no examples either. `--no-skips`: in a run that is
 # to show something, a test that was skipped showed nothing.
-PYTEST = ["pytest", "--no-skips", "-n", "2"]
+PYTEST = ["pytest", "--no-skips", "-n", "2", "--dist", "worksteal"]
 CORE_TESTS = ["chex>=0.1.89", "flatbuffers>=24.3.25", "hypothesis>=6.100"]
 CORE_TESTS += ["pytest>=8.0", "pytest-xdist>=3.6"]
 NEED_FLAX = [
@@ -130,9 +130,9 @@ def alias_tests(session: nox.Session) -> None:
 
 
 @without_environment
-def bench(session: nox.Session) -> None:
-    """The benchmarks: their tests, and each of them briefly."""
-    make(session, "test-benchmarks", "ARGS=--no-skips -m 'not torch'")
+def programs(session: nox.Session) -> None:
+    """The lessons and the benchmarks: their tests, and each benchmark briefly."""
+    make(session, "test-programs", "ARGS=--no-skips -m 'not torch'")
     make(session, "bench", "ARGS=--quick")
 
 

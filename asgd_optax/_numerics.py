@@ -59,11 +59,10 @@ def rounded(x: jax.Array, dtype: DTypeLike) -> jax.Array:
         if narrow.nexp == wide.nexp:
             return result
         # `reduce_precision` flushes what is subnormal in the narrow dtype. In the
-        # binade of `shift`, `x`'s own dtype has just its spacing. A choice
-        # that is none hides it: XLA adds a constant and takes it off by doing neither.
-        binade = 1.5 * 2.0 ** (narrow.minexp - narrow.nmant + wide.nmant)
-        shift = jax.lax.select(x == x, jnp.full_like(x, binade), x)
-        subnormal = (x + shift) - shift
+        # binade of `shift`, `x`'s own dtype has just its spacing. Adding a constant and
+        # taking it off again XLA leaves out, where it sees the one beside the other.
+        shift = 1.5 * 2.0 ** (narrow.minexp - narrow.nmant + wide.nmant)
+        subnormal = uncontracted(x + shift) - shift
         tiny = jnp.abs(x) < 2.0**narrow.minexp
         # A zero is left to `reduce_precision`, which keeps its sign.
         return jnp.where(tiny & (subnormal != 0), subnormal, result)
@@ -84,8 +83,8 @@ def rounded_update(u: jax.Array, dtype: DTypeLike) -> jax.Array:
 
 
 def uncontracted(x: jax.Array) -> jax.Array:
-    """`x`, which a compiler does not contract with what is added to it."""
-    # The sum sees a choice, not the product that made `x`. Twice a NaN is that NaN,
+    """`x`, which a compiler does not join with what is added to it."""
+    # The sum sees a choice, not the operation that made `x`. Twice a NaN is that NaN,
     # so the choice is none, which a compiler does not see.
     return jax.lax.select(x == x, x, x + x)
 

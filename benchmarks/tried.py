@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     steps = {"XLA's two kernels": step}
     steps |= {f"blocks of {size // n:,}": by_blocks(size // n) for n in (8, 32)}
-    many = [jnp.full((4, 4), i) for i in range(leaves)]
+    many = [jnp.full((4, 4), 1.0 * i) for i in range(leaves)]
     times = harness.measure(
         {name: contestant(f, size) for name, f in steps.items()}
         | {name: of_init(init, many) for name, init in INITS.items()},

@@ -23,7 +23,7 @@ from asgd_optax import (
 )
 from benchmarks import coming_from
 from benchmarks.coming_from import PEERS, debiased, plain
-from tests.support import enable_x64
+from tests.support import enable_x64, train_step
 
 STEPS, DECAY, EVERY, SWITCH, ANNEAL = 60, 0.9, 3, 20, 30
 CLOSE = {"rtol": 5e-14, "atol": 5e-14}
@@ -244,12 +244,11 @@ def test_rule_of_keras_accumulating_gradients(k):
     with enable_x64(True):
         accumulated = optax.MultiSteps(optax.sgd(1 / k), k, use_grad_mean=False)
         tx = optax.chain(accumulated.gradient_transformation(), plain(DECAY, start=k))
-        params = jnp.zeros(3)
+        params, step = jnp.zeros(3), jax.jit(functools.partial(train_step, tx))
         state = tx.init(params)
         theirs = keras_accumulating(gradients, np.zeros(3), DECAY, k)
         for g, (p, average) in zip(gradients, theirs, strict=True):
-            updates, state = tx.update(jnp.asarray(g), state, params)
-            params = optax.apply_updates(params, updates)
+            params, state = step(params, state, g)
             np.testing.assert_allclose(params, p, **CLOSE)
             np.testing.assert_allclose(averaged_params(state), average, **CLOSE)
 

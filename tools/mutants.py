@@ -165,6 +165,9 @@ class SwapBranches(Operator):
         return ()
 
 
+OWN_OPERATORS = Swap(), SwapBranches()
+
+
 class Mutant(NamedTuple):
     """One change, known by the lines it changes and not by their numbers.
 
@@ -211,9 +214,6 @@ def mutants_of(module: str) -> dict[Mutant, str]:
         mutants[Mutant(*known_by, counts[known_by])] = mutated
         counts[known_by] += 1
     return mutants
-
-
-OWN_OPERATORS = Swap(), SwapBranches()
 
 
 def mutations(text: str) -> Iterator[str]:
