@@ -190,6 +190,11 @@ def check_fits(
     except (ValueError, TypeError) as error:
         raise ValueError(misfit(name, tree, others)) from error
     for path, leaf, *rest in rows:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"{name}{jax.tree_util.keystr(path)} is a ShapeDtypeStruct, which has"
+                " no values: `jax.eval_shape` computes with shapes alone"
+            )
         dtype = array_dtype(leaf)
         if dtype is None or (averaged_only and not jnp.issubdtype(dtype, jnp.inexact)):
             raise TypeError(

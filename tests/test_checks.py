@@ -108,6 +108,25 @@ def test_params_that_cannot_be_averaged(leaf):
         asgd().init({"w": jnp.ones(2), "b": [leaf]})
 
 
+@pytest.mark.parametrize(
+    "init",
+    [
+        asgd().init,
+        average_iterates().init,
+        running_average().init,
+        running_random_scaling().init,
+        track_random_scaling().init,
+    ],
+)
+def test_shapes_alone(init):
+    """They make no state, but that of `jax.eval_shape`."""
+    shapes = jax.eval_shape(lambda: PARAMS)
+    with pytest.raises(TypeError, match=r"\['b'\]\[0\] is .*jax.eval_shape"):
+        init(shapes)
+    expected = jax.eval_shape(lambda: init(PARAMS))
+    assert jax.eval_shape(init, shapes) == expected
+
+
 TOO_COARSE = {
     "t0": lambda value: asgd(t0=value),
     "decay": exponential_weighting,
