@@ -190,11 +190,7 @@ def check_fits(
     except (ValueError, TypeError) as error:
         raise ValueError(misfit(name, tree, others)) from error
     for path, leaf, *rest in rows:
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            raise TypeError(
-                f"{name}{jax.tree_util.keystr(path)} is a ShapeDtypeStruct, which has"
-                " no values: `jax.eval_shape` computes with shapes alone"
-            )
+        _check_has_values(name, path, leaf)
         dtype = array_dtype(leaf)
         if dtype is None or (averaged_only and not jnp.issubdtype(dtype, jnp.inexact)):
             raise TypeError(
@@ -217,6 +213,7 @@ def _check_leaf(
             f"{name}{key(path)} is a {type(leaf).__name__}: sparse gradients must be"
             " made dense first, as by `.todense()`"
         )
+    _check_has_values(name, path, leaf)
     dtype = array_dtype(leaf)
     if dtype is None:
         raise ValueError(
@@ -240,6 +237,15 @@ def _check_leaf(
             f"{name}{key(path)} is {dtype}, {against}{key(path)} {expected}"
         )
     _check_wide_enough(name, path, dtype)
+
+
+def _check_has_values(name: str, path: Any, leaf: Any) -> None:
+    """Raises for what `jax.eval_shape` makes of an array."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        raise TypeError(
+            f"{name}{jax.tree_util.keystr(path)} is a ShapeDtypeStruct, which has no"
+            " values: `jax.eval_shape` computes with shapes alone"
+        )
 
 
 def _check_wide_enough(name: str, path: Any, dtype: Any) -> None:

@@ -127,6 +127,15 @@ def test_shapes_alone(init):
     assert jax.eval_shape(init, shapes) == expected
 
 
+def test_gradients_that_are_shapes_alone():
+    tx, shapes = asgd(), jax.eval_shape(lambda: PARAMS)
+    state = tx.init(PARAMS)
+    with pytest.raises(TypeError, match=r"^updates\['b'\]\[0\] is .*jax.eval_shape"):
+        tx.update(shapes, state, PARAMS)
+    expected = jax.eval_shape(tx.update, PARAMS, state, PARAMS)
+    assert jax.eval_shape(tx.update, shapes, state, PARAMS) == expected
+
+
 TOO_COARSE = {
     "t0": lambda value: asgd(t0=value),
     "decay": exponential_weighting,
