@@ -57,6 +57,16 @@ def train(tx, params, grads, step=train_step):
     return params, state
 
 
+def train_where_nothing_is_jitted(tx, params, grads):
+    """As `train`, in programs that others have compiled; and a jit could trace it."""
+    params, state = train(tx, params, grads)
+    chex.assert_trees_all_equal_shapes_and_dtypes(
+        jax.eval_shape(functools.partial(train_step, tx), params, state, grads[0]),
+        (params, state),
+    )
+    return params, state
+
+
 def stacked(trees):
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
@@ -104,12 +114,11 @@ def test_vmap_over_hyperparameters_equals_a_loop(row):
         for factor in (0.5, 2.0)
     ]
 
+    @jax.jit
     def run(hyperparameters):
         return train_in_a_scan(row.make(**hyperparameters), params, grads)
 
-    batch = jax.jit(jax.vmap(run))(
-        stacked([jax.tree.map(jnp.float32, s) for s in sets])
-    )
+    batch = jax.vmap(run)(stacked([jax.tree.map(jnp.float32, s) for s in sets]))
     for i, hyperparameters in enumerate(sets):
         one = jax.tree.map(lambda x, i=i: x[i], batch)
         chex.assert_trees_all_close(one, run(hyperparameters), rtol=2e-6, atol=2e-6)
@@ -121,16 +130,17 @@ def test_grad_over_hyperparameters_equals_finite_differences(row):
         params, grads = random_tree(0, "float64"), gradients("float64")
 
         @jax.jit
+        @jax.value_and_grad
         def loss(hyperparameters):
             p, state = train_in_a_scan(row.make(**hyperparameters), params, grads)
             trees = jax.tree.leaves((p, averaged_params(state, p)))
             return sum(jnp.sum(jnp.sin(x)) for x in trees)
 
         at, h = jax.tree.map(jnp.float64, row.hyperparameters), 1e-5
-        exact = jax.grad(loss)(at)
+        _, exact = loss(at)
         for name, value in at.items():
             above, below = ({**at, name: value + d} for d in (h, -h))
-            numeric = (loss(above) - loss(below)) / (2 * h)
+            numeric = (loss(above)[0] - loss(below)[0]) / (2 * h)
             assert abs(numeric) > 1e-4  # or there would be nothing to compare
             np.testing.assert_allclose(
                 exact[name], numeric, rtol=1e-7, atol=1e-9, err_msg=name
@@ -177,6 +187,23 @@ def test_one_compilation_serves_all_steps(row):
     state = tx.init(params)
     for g in gradients():
         params, state = step(params, state, g)
+
+
+@each_row
+def test_nor_does_a_step_that_is_not_jitted_compile_anew(row, caplog):
+    tx, (*before, g) = row.make(), gradients()
+    params, state = train(tx, random_tree(0, "float32"), before)
+
+    def compilations(f, *args):
+        caplog.clear()
+        with jax.log_compiles():
+            f(*args)
+        return sum("Finished XLA compilation" in m for m in caplog.messages)
+
+    assert compilations(jax.jit(lambda: 1.0)) == 1
+    for _ in range(2):  # steps that average, and those between
+        assert compilations(train_step, tx, params, state, g) == 0
+        params, state = train_step(tx, params, state, g)
 
 
 @each_row_and_dtype(DTYPES)
@@ -243,7 +270,7 @@ def test_an_injected_hyperparameter_acts_at_once(row):
         # The expected step: another transformation, made with the value, on this state.
         tx = row.make(**{name: 1.5 * value})
         expected = train_step(tx, p, state.inner_state, grads[0])
-        values = {**state.hyperparams, name: jnp.asarray(1.5 * value)}
+        values = {**state.hyperparams, name: jnp.float32(1.5 * value)}
         changed = state._replace(hyperparams=values)
         found_p, found = step(injected, p, changed, grads[0])
         chex.assert_trees_all_close(
@@ -275,7 +302,7 @@ def test_inject_hyperparams_in_the_dtype_of_the_params(row, dtype):
         inject = optax.inject_hyperparams(row.factory, hyperparam_dtype=jnp.float32)
         injected = inject(**arguments)
         rounded = {name: jnp.float32(v) for name, v in row.hyperparameters.items()}
-    p, state = train(injected, params, grads, jax.jit(train_step, static_argnums=0))
+    p, state = train_where_nothing_is_jitted(injected, params, grads)
     expected = train(row.make(**rounded), params, grads)
     tolerance = 1e-6 if dtype == "complex64" else 1e-2
     chex.assert_trees_all_close(
@@ -315,7 +342,7 @@ MASKS = {
 def test_masked(row, mask):
     params, grads = random_tree(0, "float32"), gradients()
     tx = optax.masked(row.make(), MASKS[mask])
-    p, state = train(tx, params, grads, jax.jit(train_step, static_argnums=0))
+    p, state = train_where_nothing_is_jitted(tx, params, grads)
     average = averaged_params(state, p)
     whole_p, whole = trained(row.name)
     expected = averaged_params(whole, whole_p)
@@ -340,7 +367,7 @@ def test_partition_merges(row, labels):
     changed = {name: v / 2 for name, v in row.hyperparameters.items()}
     one, two = row.make(), row.make(**changed)
     tx = optax.partition({"one": one, "two": two}, labels)
-    p, state = train(tx, params, grads, jax.jit(train_step, static_argnums=0))
+    p, state = train_where_nothing_is_jitted(tx, params, grads)
     one_p, one_state = trained(row.name)
     two_p, two_state = train(two, params, grads)
     choose = jax.tree.map(
