@@ -92,17 +92,11 @@ def update_scaling(
     # that branch off a common one two, and a temporary. So the means are taken
     # by way of their residuals (NaN only where they are), and the squares by way
     # of the new centers, as Welford does.
-    means = jax.tree.map(
-        lambda v, r: jnp.where(r == r, v, jnp.nan), average.value, average.residual
-    )
+    means = jax.tree.map(_by_way_of, average.residual, average.value)
     center = _averaging.update_mean(state.center, means, share)
 
-    def new_square(mean: Any, old: Any, rest: Any, new: Any, new_rest: Any) -> Any:
-        square = ((mean - old) - rest) * ((mean - new) - new_rest)
-        return jnp.where(share == 1, 0, square)
-
     squares = jax.tree.map(
-        new_square,
+        functools.partial(_new_square, share),
         means,
         state.center.value,
         state.center.residual,
@@ -118,26 +112,10 @@ def intervals(state: RandomScalingState, level: float) -> ConfidenceInterval:
     critical = critical_value(level)
     averaged = jnp.asarray(state.averaged)
 
-    def half_width(value: Any, rest: Any, center: Any, rest_: Any, spread: Any) -> Any:
-        # Runs that `jax.vmap` made are stacked in front of the parameter's axes.
-        n = averaged.astype(value.dtype)
-        n = jnp.expand_dims(n, tuple(range(n.ndim, jnp.ndim(value))))
-        # V_n / n is `factor` times the mean square about the average.
-        factor = (1 + 1 / n) * (2 + 1 / n) / 6
-        distance = (center - value) + (rest_ - rest)
-        square = spread + distance**2
-        # What is near the smallest number there is has lost terms that fell below.
-        lost = (distance != 0) & (square < 1024 * jnp.finfo(square.dtype).tiny)
-        lost = lost | ~jnp.isfinite(square)
-        # Selected first, or the derivative at 0 would be NaN.
-        still = square == 0
-        root = jnp.where(still, 0, jnp.sqrt(jnp.where(still, 1, factor * square)))
-        return jnp.where((n < 2) | lost, jnp.nan, critical * root)
-
     checked_trees(state)
     average, center = state.average, state.center
     half = jax.tree.map(
-        half_width,
+        functools.partial(_half_width, critical, averaged),
         average.value,
         average.residual,
         center.value,
@@ -148,6 +126,45 @@ def intervals(state: RandomScalingState, level: float) -> ConfidenceInterval:
         jax.tree.map(jnp.subtract, average.value, half),
         jax.tree.map(jnp.add, average.value, half),
     )
+
+
+@jax.jit
+def _by_way_of(residual: jax.Array, value: jax.Array) -> jax.Array:
+    return jnp.where(residual == residual, value, jnp.nan)
+
+
+@jax.jit
+def _new_square(
+    share: jax.Array, mean: Any, old: Any, rest: Any, new: Any, new_rest: Any
+) -> jax.Array:
+    square = ((mean - old) - rest) * ((mean - new) - new_rest)
+    return jnp.where(share == 1, 0, square)
+
+
+@jax.jit
+def _half_width(
+    critical: Any,
+    averaged: jax.Array,
+    value: Any,
+    rest: Any,
+    center: Any,
+    rest_: Any,
+    spread: Any,
+) -> jax.Array:
+    # Runs that `jax.vmap` made are stacked in front of the parameter's axes.
+    n = averaged.astype(value.dtype)
+    n = jnp.expand_dims(n, tuple(range(n.ndim, jnp.ndim(value))))
+    # V_n / n is `factor` times the mean square about the average.
+    factor = (1 + 1 / n) * (2 + 1 / n) / 6
+    distance = (center - value) + (rest_ - rest)
+    square = spread + distance**2
+    # What is near the smallest number there is has lost terms that fell below.
+    lost = (distance != 0) & (square < 1024 * jnp.finfo(square.dtype).tiny)
+    lost = lost | ~jnp.isfinite(square)
+    # Selected first, or the derivative at 0 would be NaN.
+    still = square == 0
+    root = jnp.where(still, 0, jnp.sqrt(jnp.where(still, 1, factor * square)))
+    return jnp.where((n < 2) | lost, jnp.nan, critical * root)
 
 
 def checked_trees(state: RandomScalingState) -> dict[str, optax.Params]:
