@@ -644,11 +644,12 @@ def sharded_training(metadata, compiled):
         grads = nnx.grad(lambda model: jnp.mean(model(x) ** 2))(model)
         optimizer.update(model, grads)
 
+    step = nnx.jit(step) if compiled else step
     kernel, state = model.kernel.get_value(), []
     for _ in range(4):
         (adam, _), ours = optimizer.opt_state
         state += [tree["kernel"].get_value() for tree in (adam.mu, ours.average)]
-        (nnx.jit(step) if compiled else step)(model, optimizer)
+        step(model, optimizer)
     average = averaged_params(optimizer.opt_state)
     return kernel, state, average["kernel"].get_value()
 

@@ -114,11 +114,13 @@ def transformation(case, state_dict):
     return optax.chain(optax.scale(sign), asgd(**own)), hyperparams
 
 
+compiled_step = jax.jit(train_step, static_argnums=0)
+
+
 def train_here(tx, params, opt_state, gradients, first, last):
-    step_fn = jax.jit(functools.partial(train_step, tx))
     for step in range(first, last):
         grads = to_params({name: g[step] for name, g in gradients.items()})
-        params, opt_state = step_fn(params, opt_state, grads)
+        params, opt_state = compiled_step(tx, params, opt_state, grads)
     return params, opt_state
 
 

@@ -101,10 +101,9 @@ def on_one_device(row_name, names):
     """The params, the state and the average of the training that the tests spread."""
     (row,) = (row for row in ROWS if row.name == row_name)
     tx, params = row.make(), tree(0, names)
-    step = jax.jit(functools.partial(train_step, tx))
     state = tx.init(params)
     for g in gradients(names):
-        params, state = step(params, state, g)
+        params, state = train_step(tx, params, state, g)
     assert bits(averaged_params(state, params)) != bits(params)
     return params, state, averaged_params(state)
 
@@ -180,6 +179,9 @@ if EXPLICIT:
         assert_sharded_as_params(average, params)
 
 
+one_a_device = jax.pmap(lambda x: x)
+
+
 @each_row
 def test_pmap(row):
     """Replicas that average their gradients stay the same, bit for bit."""
@@ -193,7 +195,7 @@ def test_pmap(row):
     def replicated(values):
         return jax.tree.map(lambda x: jnp.stack([x] * devices), values)
 
-    params = jax.pmap(lambda x: x)(replicated(tree(0, FEW)))
+    params = one_a_device(replicated(tree(0, FEW)))
     state = jax.pmap(tx.init)(params)
     for g in gradients(FEW):
         old = arrays((params, state))
@@ -227,7 +229,7 @@ def test_shard_map(row):
     def over_the_mesh(f, inputs, outputs):
         return jax.jit(shard_map(f, mesh=mesh, in_specs=inputs, out_specs=outputs))
 
-    params = tree(0, FEW)
+    params = jax.device_put(tree(0, FEW), NamedSharding(mesh, split))
     both = specs((params, jax.eval_shape(tx.init, params)))
     step = over_the_mesh(step, (*both, both[0], PartitionSpec("data")), both)
     state = over_the_mesh(tx.init, both[:1], both[1])(params)
