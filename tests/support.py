@@ -58,16 +58,34 @@ def hard_numbers(dtype, seed=0):
     return jnp.asarray(x, dtype)
 
 
+def hard_trees(pairs, steps):
+    """Params and gradients for `assert_average_follows`: a leaf for two dtypes each."""
+    rng = np.random.default_rng(1)
+    params, grads = {}, {}
+    for p_dtype, g_dtype in pairs:
+        p, name = hard_numbers(p_dtype), f"{p_dtype}, {g_dtype} gradient"
+        g = np.abs(np.asarray(p, np.float64)) * rng.standard_normal((steps, p.size))
+        params[name], grads[name] = p, jnp.asarray(g, g_dtype)
+    return params, grads
+
+
 def assert_average_follows(tx, params, grads):
     """Before averaging begins: the average is the params bit for bit.
 
     Step by step, in one fused step, in a scan, in several unrolled, with the update
     apart, and with a step whose number the compiler knows.
+
+    Args:
+      tx: a transformation that does not average yet.
+      params: a dictionary of arrays.
+      grads: another, with an axis for the steps in front.
     """
+    steps = len(next(iter(grads.values())))
+    each = [{name: g[n] for name, g in grads.items()} for n in range(steps)]
 
     def run_with(step):
         def run(p, state):
-            for g in grads:
+            for g in each:
                 p, state = step(p, state, g)
             return p, state
 
@@ -90,7 +108,7 @@ def assert_average_follows(tx, params, grads):
         return tx.update(g, tx.init(p), p)
 
     def begun_inside(p, state):
-        updates, state = first(grads[0], p)
+        updates, state = first(each[0], p)
         return optax.apply_updates(p, updates), state
 
     for run in (
@@ -102,11 +120,13 @@ def assert_average_follows(tx, params, grads):
         begun_inside,
     ):
         p, state = run(params, tx.init(params))
-        assert bits(p) != bits(params)
-        assert bits(averaged_params(state, p)) == bits(p)
-        # Nor is anything hidden below the params' own precision.
-        assert bits(averaged_params(state).astype(p.dtype)) == bits(p)
-        assert bits(averaged_params(state)) == bits(p.astype(jnp.float32))
+        average, as_params = averaged_params(state), averaged_params(state, p)
+        for name, leaf in p.items():
+            assert bits(leaf) != bits(params[name]), name
+            assert bits(as_params[name]) == bits(leaf), name
+            # Nor is anything hidden below the params' own precision.
+            assert bits(average[name].astype(leaf.dtype)) == bits(leaf), name
+            assert bits(average[name]) == bits(leaf.astype(jnp.float32)), name
 
 
 # Name, and the value of its parameter: uniform has none.

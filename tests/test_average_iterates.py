@@ -26,7 +26,7 @@ from tests.support import (
     assert_average_follows,
     bits,
     enable_x64,
-    hard_numbers,
+    hard_trees,
     make_weighting,
     precision_of,
     train_step,
@@ -87,16 +87,21 @@ def test_traced_arguments_give_direct_sums(name, value, compensated):
             assert_direct_sums(found, name, value, start, every)
 
 
-@pytest.mark.parametrize("compensated", [False, True])
-@pytest.mark.parametrize("every", EVERIES)
 @pytest.mark.parametrize("start", STARTS)
-def test_concrete_arguments_give_direct_sums(start, every, compensated):
-    # Every weighting has its turn; all of them at all starts would only take long.
-    turn = 3 * STARTS.index(start) + every + compensated
-    name, value = WEIGHTINGS[turn % len(WEIGHTINGS)]
+def test_concrete_arguments_give_direct_sums(start):
+    cases = []
+    for every, compensated in itertools.product(EVERIES, [False, True]):
+        # Every weighting has its turn; all of them at all starts would only take long.
+        turn = 3 * STARTS.index(start) + every + compensated
+        cases.append((*WEIGHTINGS[turn % len(WEIGHTINGS)], start, every, compensated))
+
+    @jax.jit
+    def run():
+        return [averages(*case, compensated=wanted) for *case, wanted in cases]
+
     with enable_x64(True):
-        found = averages(name, value, start, every, compensated=compensated)
-        assert_direct_sums(found, name, value, start, every)
+        for (*case, _), found in zip(cases, run(), strict=True):
+            assert_direct_sums(found, *case)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -245,28 +250,21 @@ def test_half_precision_averages_the_iterates_really_applied(dtype, name):
     assert error <= 8 * EPS * np.abs(path).max()
 
 
+@pytest.mark.parametrize("compensated", [False, True])
 @pytest.mark.parametrize(
-    ("name", "p_dtype", "g_dtype", "compensated"),
+    ("name", "g_dtypes"),
     [
-        ("sgd", "float16", "float16", False),
-        ("sgd", "bfloat16", "float32", True),
-        ("sgd", "float32", "bfloat16", False),
-        ("adam", "float16", "float16", True),
-        ("adam", "bfloat16", "bfloat16", False),
-        ("adam", "float32", "float32", False),
+        ("sgd", ["float16", "float32", "bfloat16"]),
+        ("adam", ["float16", "bfloat16", "float32"]),
     ],
 )
 def test_before_averaging_the_average_is_the_params_bit_for_bit(
-    name, p_dtype, g_dtype, compensated
+    name, g_dtypes, compensated
 ):
     averaging = average_iterates(start=np.inf, compensated=compensated)
     tx = optax.chain(OPTIMIZERS[name](), averaging)
-    params = hard_numbers(p_dtype)
-    scale = np.abs(np.asarray(params, np.float64))
-    noise = np.random.default_rng(1).standard_normal((2, params.size))
-    grads = jnp.asarray(scale * noise, g_dtype)
-
-    assert_average_follows(tx, params, grads)
+    pairs = list(zip(["float16", "bfloat16", "float32"], g_dtypes, strict=True))
+    assert_average_follows(tx, *hard_trees(pairs, steps=2))
 
 
 def passed_through(updates, compiled):
@@ -340,34 +338,38 @@ FORMULAS = {
 }
 
 
-@pytest.mark.parametrize("include_start", [False, True])
-@pytest.mark.parametrize("every", [1, 3])
-@pytest.mark.parametrize("start", [0, 1, 5])
 @pytest.mark.parametrize("name", FORMULAS)
-def test_shares_of_the_iterates(name, start, every, include_start):
+def test_shares_of_the_iterates(name):
     """Exact in float64: from an n that is int64, so that 1 / n is no float32."""
     weighting, formula = FORMULAS[name]
-    tx = average_iterates(
-        weighting, start=start, every=every, include_start=include_start
-    )
+    cases = list(itertools.product([0, 1, 5], [1, 3], [False, True]))
 
-    def body(carry, updates):
-        return train_step(tx, *carry, updates), carry[1].averaged
+    def run(start, every, include_start):
+        tx = average_iterates(
+            weighting, start=start, every=every, include_start=include_start
+        )
+
+        def body(carry, updates):
+            return train_step(tx, *carry, updates), carry[1].averaged
+
+        params = jnp.ones(3)
+        (_, state), counts = jax.lax.scan(body, (params, tx.init(params)), STEPS)
+        return state.average, counts
 
     with enable_x64(True):
-        params = jnp.ones(3)
-        carry = (params, tx.init(params))
-        (_, state), counts = jax.jit(lambda: jax.lax.scan(body, carry, STEPS))()
-        path = np.concatenate([np.ones((1, 3)), ITERATES])
-        shares = reference.average_shares(
-            formula, len(STEPS), start, every, include_start
+        found = jax.jit(lambda: [run(*case) for case in cases])()
+    path = np.concatenate([np.ones((1, 3)), ITERATES])
+    for case, (average, counts) in zip(cases, found, strict=True):
+        start, every, include_start = case
+        shares = reference.average_shares(formula, len(STEPS), *case)
+        np.testing.assert_allclose(
+            average, shares @ path, rtol=0, atol=2e-15, err_msg=f"{case}"
         )
-        np.testing.assert_allclose(state.average, shares @ path, rtol=0, atol=2e-15)
         assert shares.sum() == pytest.approx(1, abs=1e-14)
-    expected = [max(0, n - start) // every for n in range(len(STEPS))]
-    if include_start:
-        expected = [c + (n >= start) for n, c in enumerate(expected)]
-    assert counts.tolist() == expected
+        expected = [max(0, n - start) // every for n in range(len(STEPS))]
+        if include_start:
+            expected = [c + (n >= start) for n, c in enumerate(expected)]
+        assert counts.tolist() == expected, case
 
 
 @pytest.mark.parametrize("every", [1, 2])

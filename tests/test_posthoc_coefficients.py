@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`posthoc_coefficients`: what averages weigh, known mixtures, blocks, errors."""
 
+import functools
 import itertools
 import re
 
@@ -80,17 +81,38 @@ def kept_averages(iterates, weighting=None, start=0, every=1, include_start=Fals
     return averages(tx, lambda params, new: new - params, iterates)
 
 
+STARTS_AND_EVERIES = list(itertools.product([0, 1, 4, np.inf], [1, 2, 5]))
+
+
+@functools.cache
+def averages_of_unit_vectors():
+    """By weighting, the start included or not, and case: in one compilation for all."""
+
+    @jax.jit
+    def run(starts, everies):
+        return {
+            name: [
+                jax.vmap(
+                    lambda *args, w=weighting, included=included: kept_averages(
+                        ITERATES, w, *args, included
+                    )
+                )(starts, everies)
+                for included in (False, True)
+            ]
+            for name, weighting in WEIGHTINGS.items()
+        }
+
+    with enable_x64(True):
+        return run(*map(np.asarray, zip(*STARTS_AND_EVERIES, strict=True)))
+
+
 @pytest.mark.parametrize("include_start", [False, True])
 @pytest.mark.parametrize("name", WEIGHTINGS)
 def test_profiles_are_what_average_iterates_weighs(name, include_start):
     """Weight for weight, by unit vectors through the transformation."""
     weighting = WEIGHTINGS[name]
-    cases = list(itertools.product([0, 1, 4, np.inf], [1, 2, 5]))
-    with enable_x64(True):
-        run = lambda *args: kept_averages(ITERATES, weighting, *args, include_start)  # noqa: E731
-        starts, everies = map(np.asarray, zip(*cases, strict=True))
-        found = jax.jit(jax.vmap(run))(starts, everies)
-    for (start, every), rows in zip(cases, found, strict=True):
+    found = averages_of_unit_vectors()[name][include_start]
+    for (start, every), rows in zip(STARTS_AND_EVERIES, found, strict=True):
         for step in (0, 5, STEPS):
             profile = AverageProfile(step, weighting, start, every, include_start)
             np.testing.assert_allclose(
@@ -220,19 +242,22 @@ def test_a_real_runs_averages_make_the_one_it_would_have_kept(kept, target):
     iterates = random_walk(target.step)
     fit = posthoc_coefficients(kept, target)
     assert fit.residual < 1e-12
+
+    @jax.jit
+    def averages_of(iterates):
+        return [
+            {"w": kept_averages(iterates, *fields)[step]}
+            for step, *fields in [*kept, target]
+        ]
+
     for dtype in (np.float64, np.float32):
         with enable_x64(dtype == np.float64):
-            trees = [
-                {"w": kept_averages(iterates.astype(dtype), *fields)[step]}
-                for step, *fields in kept
-            ]
+            *trees, wanted = averages_of(iterates.astype(dtype))
             found = combine_averages(trees, fit.coefficients)
-            step, *fields = target
-            wanted = kept_averages(iterates.astype(dtype), *fields)[step]
         assert found["w"].dtype == dtype
         # Each average was rounded at each step of its own.
         atol = 20 * fit.amplification * np.abs(iterates).max() * np.finfo(dtype).eps
-        np.testing.assert_allclose(found["w"], wanted, rtol=0, atol=atol)
+        np.testing.assert_allclose(found["w"], wanted["w"], rtol=0, atol=atol)
 
 
 def test_the_residual_is_the_distance_that_is_left():

@@ -67,28 +67,48 @@ def learning_rate(case, steps):
     return lambda n: schedule(jnp.maximum(n - 1, 0))
 
 
-def run_asgd(case, params, gradients, checkpoints, **options):
-    """What `run_torch` returns, of `asgd` with further `options`."""
+def transformation(case, steps, **options):
     arguments = {k: v for k, v in case.arguments.items() if k not in ("lr", "maximize")}
     sign = -1.0 if case.arguments.get("maximize") else 1.0
-    rate = learning_rate(case, max(checkpoints))
-    tx = optax.chain(optax.scale(sign), asgd(rate, **arguments, **options))
-    step_fn = jax.jit(functools.partial(train_step, tx))
-    rows = {}
+    tx = asgd(learning_rate(case, steps), **arguments, **options)
+    return optax.chain(optax.scale(sign), tx)
+
+
+def run_asgd(cases, params, gradients, checkpoints, **options):
+    """What `run_torch` returns, of `asgd` with further `options`, for each case.
+
+    They take their steps in one program: it is compiled in a fifth of the time.
+    """
+    txs = {
+        name: transformation(case, max(checkpoints), **options)
+        for name, case in cases.items()
+    }
+
+    @jax.jit
+    def step_fn(runs, gradient):
+        return {name: train_step(tx, *runs[name], gradient) for name, tx in txs.items()}
+
+    rows = {name: {} for name in cases}
     with precision_of(next(iter(params.values())).dtype):
-        state = tx.init(params)
+        runs = {name: (params, tx.init(params)) for name, tx in txs.items()}
         for step in range(1, max(checkpoints) + 1):
-            gradient = {name: g[step - 1] for name, g in gradients.items()}
-            params, state = step_fn(params, state, gradient)
-            if step not in checkpoints:
-                continue
-            for name, weight in params.items():
-                rows.setdefault(f"params/{name}", []).append(weight)
-            for name, average in averaged_params(state).items():
-                rows.setdefault(f"ax/{name}", []).append(average)
-            for name in ("eta", "mu", "step"):
-                rows.setdefault(name, []).append(getattr(state[-1], name))
-    return {name: np.stack(row) for name, row in rows.items()}
+            runs = step_fn(runs, {name: g[step - 1] for name, g in gradients.items()})
+            if step in checkpoints:
+                for name, (weights, state) in runs.items():
+                    take_down(rows[name], weights, state)
+    return {
+        case: {name: np.stack(row) for name, row in of_case.items()}
+        for case, of_case in rows.items()
+    }
+
+
+def take_down(rows, params, state):
+    for name, weight in params.items():
+        rows.setdefault(f"params/{name}", []).append(weight)
+    for name, average in averaged_params(state).items():
+        rows.setdefault(f"ax/{name}", []).append(average)
+    for name in ("eta", "mu", "step"):
+        rows.setdefault(name, []).append(getattr(state[-1], name))
 
 
 @functools.cache
@@ -117,10 +137,15 @@ def test_fixtures_are_of_these_cases():
     assert recorded()["recipe"] == RECIPE, "run tools/record_torch_fixtures.py"
 
 
+@functools.cache
+def runs_of_all_cases(dtype, checkpoints):
+    return run_asgd(CASES, *draw_problem(dtype, max(checkpoints)), checkpoints)
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_reproduces_recorded_torch(name, dtype):
-    actual = run_asgd(CASES[name], *draw_problem(dtype, max(CHECKPOINTS)), CHECKPOINTS)
+    actual = runs_of_all_cases(dtype, CHECKPOINTS)[name]
     for foreach in (False, True):
         run = RUNS.index((name, foreach))
         expected = {
@@ -136,7 +161,8 @@ def test_long_float32_average_is_as_accurate_as_torchs():
     exact = recorded()["long/ax"]
 
     def rms_error(**options):
-        run = run_asgd(LONG_CASE, params, gradients, (LONG_STEPS,), **options)
+        case = {"long": LONG_CASE}
+        run = run_asgd(case, params, gradients, (LONG_STEPS,), **options)["long"]
         return np.sqrt(np.mean((run["ax/vector"][-1] - exact) ** 2))
 
     for_loop = recorded()["long/rms/for-loop"]
@@ -153,7 +179,7 @@ def test_long_float32_average_is_as_accurate_as_torchs():
 def test_reproduces_live_torch(name, dtype):
     pytest.importorskip("torch")
     problem = draw_problem(dtype, max(LIVE_CHECKPOINTS))
-    actual = run_asgd(CASES[name], *problem, LIVE_CHECKPOINTS)
+    actual = runs_of_all_cases(dtype, LIVE_CHECKPOINTS)[name]
     for foreach in (False, True):
         expected = run_torch(
             CASES[name], *problem, foreach=foreach, checkpoints=LIVE_CHECKPOINTS
