@@ -37,18 +37,19 @@ $(VENV)-tpu/.test $(VENV)-gpu/.test: pyproject.toml
 demo: $(VENV)/.examples  ## Train on the digits, print the table, draw out/digits.png
 	$(BIN)/python -m examples.digits $(ARGS)
 
-# The tests of programs (lessons, benchmarks, the code of the site's pages, runs of several
-# processes) are apart: a newcomer is spared their time. A worker that is done takes over
-# what another has left.
+# The tests of programs (lessons, benchmarks, the code of the site's pages, the command, what
+# other processes run) are apart: a newcomer is spared their time. A worker that is done
+# takes over what another has left.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
-PROGRAMS := test_example_*.py test_benchmark_*.py test_pages.py test_processes.py
+PROGRAMS := test_example_*.py test_benchmark_*.py test_pages.py \
+  test_average_command.py test_export.py test_processes.py
 
 .PHONY: test
 test: $(VENV)/.test  ## Run the library's tests and the doctests
 	$(PYTEST) $(PROGRAMS:%=--ignore-glob='tests/%') $(ARGS)
 
 .PHONY: test-programs
-test-programs: $(VENV)/.test  ## Run the lessons' and the benchmarks' tests, and the pages' code
+test-programs: $(VENV)/.test  ## Run the tests of lessons, benchmarks, pages and the command
 	$(PYTEST) $(PROGRAMS:%=tests/%) $(ARGS)
 
 .PHONY: test-tpu

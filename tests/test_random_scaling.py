@@ -463,7 +463,7 @@ def test_a_stream_of_iterates_has_the_trackers_numbers(dtype, start):
 
         def by_hand(step, update):
             carry, fed = begin, begin[2]
-            for x in observations:
+            for x in np.asarray(observations):
                 carry, p = step(carry, x)
                 fed = update(fed, p)
             return carry, fed
