@@ -49,7 +49,7 @@ test: $(VENV)/.test  ## Run the library's tests and the doctests
 	$(PYTEST) $(PROGRAMS:%=--ignore-glob='tests/%') $(ARGS)
 
 .PHONY: test-programs
-test-programs: $(VENV)/.test  ## Run the tests of lessons, benchmarks, pages and the command
+test-programs: $(VENV)/.test  ## Run the tests of lessons, benchmarks, pages and processes
 	$(PYTEST) $(PROGRAMS:%=tests/%) $(ARGS)
 
 .PHONY: test-tpu

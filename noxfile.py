@@ -131,7 +131,7 @@ def alias_tests(session: nox.Session) -> None:
 
 @without_environment
 def programs(session: nox.Session) -> None:
-    """The tests of lessons, benchmarks, pages and command; each benchmark briefly."""
+    """Tests of lessons, benchmarks, pages, processes; each benchmark briefly."""
     make(session, "test-programs", "ARGS=--no-skips -m 'not torch'")
     make(session, "bench", "ARGS=--quick")
 

@@ -116,30 +116,6 @@ def average_iterates(
         averaged = jnp.asarray(begun, dtype=jnp.int32)
         return AverageIteratesState(step, averaged, average)
 
-    # The branches are the same functions at every update: of new ones JAX would compile
-    # each step anew, where the step is not jitted.
-    def keep(
-        averaged: jax.Array,
-        due: jax.Array,
-        begun: jax.Array,
-        mean: Mean,
-        iterates: optax.Params,
-    ) -> Mean:
-        return mean
-
-    def take_in(
-        averaged: jax.Array,
-        due: jax.Array,
-        begun: jax.Array,
-        mean: Mean,
-        iterates: optax.Params,
-    ) -> Mean:
-        n = jnp.maximum(averaged, 1).astype(jnp.result_type(int))
-        weight = jnp.asarray(weighting_(n), dtype=jnp.result_type(float))
-        # Until the first averaged iterate the average follows the iterate.
-        weight = jnp.where(due, weight, jnp.where(begun, 0, 1))
-        return _averaging.update_mean(mean, iterates, weight)
-
     def update_fn(
         updates: optax.Updates,
         state: AverageIteratesState,
@@ -162,16 +138,27 @@ def average_iterates(
         updates = _averaging.round_updates(updates)
         iterates = optax.apply_updates(params, updates)
 
-        operands = averaged, due, begun, state.average, iterates
+        n = jnp.maximum(averaged, 1).astype(jnp.result_type(int))
+        weight = jnp.asarray(weighting_(n), dtype=jnp.result_type(float))
+        # Until the first averaged iterate the average follows the iterate.
+        weight = jnp.where(due, weight, jnp.where(begun, 0, 1))
+        operands = state.average, iterates, weight
         if not _checks.is_traced(every) and _checks.concrete(every) == 1:
-            return updates, AverageIteratesState(step, averaged, take_in(*operands))
+            new = _averaging.update_mean(*operands)
+            return updates, AverageIteratesState(step, averaged, new)
         # The iterate comes from outside of the branch, and the branch that keeps the
         # average stands before the one that writes it: so neither of them is copied,
         # and the steps between cost no more than no averaging. A number chooses, for of
         # a condition XLA on GPUs puts the branch for true first, and jax 0.10's then
-        # copies the average twice. (A 2 is taken for a 1.)
+        # copies the average twice. (A 2 is taken for a 1.) Nothing of this update is in
+        # the branches themselves, or JAX would compile them anew at each one that is
+        # not jitted.
         index = due.astype(jnp.int32) + ~begun
-        new = jax.lax.switch(index, [keep, take_in], *operands)
+        new = jax.lax.switch(index, [_kept, _averaging.update_mean], *operands)
         return updates, AverageIteratesState(step, averaged, new)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _kept(mean: Mean, iterates: optax.Params, weight: jax.Array) -> Mean:
+    return mean
