@@ -36,40 +36,46 @@ hyperparameters = st.fixed_dictionaries(
 )
 
 
+def stacked_gradients(seed, dtype):
+    """A tree of gradients with an axis for the steps in front."""
+    trees = [random_tree((seed, n), dtype) for n in range(STEPS)]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+
+
 def assert_follows_reference(run, params, gradients, hps, dtype):
     """Every state and iterate of `run` against the reference's, leaf by leaf."""
     eps = np.finfo(dtype).eps
-    path = run(hps, params, gradients)
-    leaves, grads = jax.tree.leaves(params), [jax.tree.leaves(g) for g in gradients]
-    for i, leaf in enumerate(leaves):
-        wide = np.result_type(leaf.dtype, np.float64)
-        expected = reference.asgd(
-            np.asarray(leaf, wide), [np.asarray(g[i], wide) for g in grads], **hps
-        )
-        for n, (p, ax, step) in enumerate(expected):
-            found_p, state = path[n]
-            scale = STEPS * eps * (1 + np.max(np.abs(leaf), initial=0) + n)
-            for found, true in ((found_p, p), (averaged_params(state), ax)):
-                found = jax.tree.leaves(found)[i]
-                assert found.dtype == leaf.dtype
-                np.testing.assert_allclose(found, true, rtol=0, atol=scale)
-            assert state.step == step
-            assert state.step.dtype == jnp.int32
-            eta, mu = reference.asgd_schedules(
-                step, **{k: v for k, v in hps.items() if k != "weight_decay"}
-            )
-            np.testing.assert_allclose(state.eta, eta, rtol=8 * eps, atol=1e-37)
-            np.testing.assert_allclose(state.mu, mu, rtol=8 * eps)
+    found_p, state = jax.device_get(run(hps, params, gradients))
+    average, steps = averaged_params(state), range(STEPS)
+    leaves = map(jax.tree.leaves, (params, gradients))
+    for i, (p, g) in enumerate(zip(*leaves, strict=True)):
+        wide = np.result_type(p.dtype, np.float64)
+        path = list(reference.asgd(np.asarray(p, wide), np.asarray(g, wide), **hps))
+        scale = STEPS * eps * (1 + np.max(np.abs(p), initial=0) + np.array(steps))
+        scale = scale.reshape(-1, *[1] * p.ndim)
+        for n, tree in enumerate((found_p, average)):
+            found = jax.tree.leaves(tree)[i]
+            assert found.dtype == p.dtype
+            error = np.abs(found - np.stack([point[n] for point in path]))
+            assert np.all(error <= scale)
+        assert list(state.step) == [point[2] for point in path]
+    assert state.step.dtype == jnp.int32
+    schedules = {k: v for k, v in hps.items() if k != "weight_decay"}
+    true = [reference.asgd_schedules(n + 1, **schedules) for n in steps]
+    eta, mu = np.transpose(true)
+    np.testing.assert_allclose(state.eta, eta, rtol=8 * eps, atol=1e-37)
+    np.testing.assert_allclose(state.mu, mu, rtol=8 * eps)
 
 
 def trajectory(hps, params, gradients):
     """The params and the state after each update."""
     tx = asgd(**hps)
     state, out = tx.init(params), []
-    for g in gradients:
+    for n in range(STEPS):
+        g = jax.tree.map(lambda g, n=n: jnp.asarray(g[n]), gradients)
         params, state = train_step(tx, params, state, g)
         out.append((params, state))
-    return out
+    return jax.tree.map(lambda *x: jnp.stack(x), *out)
 
 
 @pytest.mark.parametrize("compensated", [False, True])
@@ -86,22 +92,16 @@ def test_traced_hyperparameters(dtype, compensated):
 
         return jax.lax.scan(body, (params, tx.init(params)), gradients)[1]
 
-    def run(hps, params, gradients):
-        stacked = jax.tree.map(lambda *g: jnp.stack(g), *gradients)
-        path = jax.device_get(scanned(hps, params, stacked))
-        return [jax.tree.map(lambda x, n=n: x[n], path) for n in range(STEPS)]
-
     @settings(max_examples=40)
     @given(hps=hyperparameters, seed=st.integers(0, 2**16))
     def check(hps, seed):
         with precision_of(dtype):
-            params = random_tree(seed, dtype)
-            grads = [random_tree((seed, n), dtype) for n in range(STEPS)]
+            params, grads = random_tree(seed, dtype), stacked_gradients(seed, dtype)
             # One dtype for all examples, or each would be traced anew.
             typed = {k: jnp.asarray(v, float) for k, v in hps.items()}
             rounded = {k: float(v) for k, v in typed.items()}
             assert_follows_reference(
-                lambda _, p, g: run(typed, p, g), params, grads, rounded, dtype
+                lambda _, p, g: scanned(typed, p, g), params, grads, rounded, dtype
             )
 
     check()
@@ -114,8 +114,7 @@ def test_traced_hyperparameters(dtype, compensated):
 @example(hps={}, seed=0, dtype="float32")
 def test_concrete_hyperparameters(hps, seed, dtype):
     with precision_of(dtype):
-        params = random_tree(seed, dtype)
-        grads = [random_tree((seed, n), dtype) for n in range(STEPS)]
+        params, grads = random_tree(seed, dtype), stacked_gradients(seed, dtype)
         assert_follows_reference(trajectory, params, grads, hps, dtype)
 
 
@@ -127,7 +126,7 @@ def test_schedule():
 
     with precision_of("float64"):
         params, hps = random_tree(0, "float64"), {"lambd": 0.1, "t0": 2}
-        grads = [random_tree(n, "float64") for n in range(STEPS)]
+        grads = stacked_gradients(0, "float64")
         hps["learning_rate"] = schedule
         run = jax.jit(partial(trajectory, hps))
         assert_follows_reference(

@@ -56,7 +56,9 @@ def test_a_restored_run_goes_on_to_the_bit(row, tmp_path):
     tx = chain(row.make())
     # Those of bfloat16 params hold float32 averages besides.
     params = tree(0, "bfloat16")
-    step_fn = jax.jit(functools.partial(train_step, tx))
+    # Whatever a way makes of an array: without a device it would be compiled for each.
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    step_fn = jax.jit(functools.partial(train_step, tx), in_shardings=device)
 
     def train(params, state, steps):
         for step in steps:

@@ -343,11 +343,12 @@ def test_intervals_of_several_runs():
     def run(start, seed):
         tx = track_random_scaling(start=start)
         p = {"w": jnp.arange(2.0), "b": jnp.ones(())}
-        state = tx.init(p)
-        for n in range(6):
-            steps = jax.tree.map(lambda x, n=n: jnp.sin(x + seed + n), p)
-            _, state = tx.update(steps, state, p)
-        return state
+
+        def body(state, n):
+            steps = jax.tree.map(lambda x: jnp.sin(x + seed + n), p)
+            return tx.update(steps, state, p)[1], None
+
+        return jax.lax.scan(body, tx.init(p), jnp.arange(6.0))[0]
 
     states = jax.vmap(run)(jnp.array([0, 5]), jnp.arange(2.0))
     found = confidence_interval(states)
@@ -356,7 +357,7 @@ def test_intervals_of_several_runs():
     for i, start in enumerate([0, 5]):
         one = jax.tree.map(lambda x, i=i: x[i], found)
         chex.assert_trees_all_close(
-            one, confidence_interval(run(start, float(i))), rtol=1e-5
+            one, confidence_interval(run(start, jnp.float32(i))), rtol=1e-5
         )
     assert bool(jnp.isnan(found.lower["w"][1]).all())
 

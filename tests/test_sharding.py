@@ -155,9 +155,12 @@ def test_jit_over_a_mesh(row):
         assert all(x.is_deleted() for x in old)
         assert_sharded_as_params(params, g)
     assert_sharded_as_params(state, params)
-    for read in (averaged_params, jax.jit(averaged_params)):
-        assert_sharded_as_params(read(state), params)
-        assert_sharded_as_params(read(state, params), params)
+
+    def read(state, params):
+        return averaged_params(state), averaged_params(state, params)
+
+    for average in (*read(state, params), *jax.jit(read)(state, params)):
+        assert_sharded_as_params(average, params)
     everything = (params, state, averaged_params(state))
     chex.assert_trees_all_close(everything, on_one_device(row.name, ALL), **ROUNDINGS)
 
