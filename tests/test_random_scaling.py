@@ -694,8 +694,8 @@ def test_derivatives_of_an_interval():
             step[at] = h
             numeric = (value(stream + step) - value(stream - step)) / (2 * h)
             np.testing.assert_allclose(exact[at], numeric, rtol=1e-6, atol=1e-8)
-        # Nor is a NaN met on the way.
-        with jax.debug_nans(True):
+        # Nor is a NaN met on the way, or the infinity that would make one.
+        with jax.debug_nans(True), jax.debug_infs(True):
             assert np.isfinite(jax.grad(loss)(jnp.ones((6, 2)))).all()
 
 
