@@ -35,6 +35,11 @@ def random_tree(seed, dtype, scale=1.0):
     return {"a": {"matrix": array(3, 2), "scalar": array()}, "b": [array(0, 4), None]}
 
 
+def stacked(trees):
+    """One tree, with an axis for the trees in front."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
 def train_step(tx, params, state, grads, **extra):
     updates, state = tx.update(grads, state, params, **extra)
     return optax.apply_updates(params, updates), state

@@ -16,7 +16,7 @@ from asgd_optax import (
     averaged_params,
 )
 from tests import reference
-from tests.support import precision_of, random_tree, train_step
+from tests.support import precision_of, random_tree, stacked, train_step
 
 STEPS = 12
 
@@ -38,12 +38,14 @@ hyperparameters = st.fixed_dictionaries(
 
 def stacked_gradients(seed, dtype):
     """A tree of gradients with an axis for the steps in front."""
-    trees = [random_tree((seed, n), dtype) for n in range(STEPS)]
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+    return stacked([random_tree((seed, n), dtype) for n in range(STEPS)])
 
 
 def assert_follows_reference(run, params, gradients, hps, dtype):
-    """Every state and iterate of `run` against the reference's, leaf by leaf."""
+    """Every state and iterate of `run` against the reference's, leaf by leaf.
+
+    `gradients` and what `run` returns, params and states, are stacked.
+    """
     eps = np.finfo(dtype).eps
     found_p, state = jax.device_get(run(hps, params, gradients))
     average, steps = averaged_params(state), range(STEPS)
@@ -56,6 +58,7 @@ def assert_follows_reference(run, params, gradients, hps, dtype):
         for n, tree in enumerate((found_p, average)):
             found = jax.tree.leaves(tree)[i]
             assert found.dtype == p.dtype
+            assert found.shape == (STEPS, *p.shape)
             error = np.abs(found - np.stack([point[n] for point in path]))
             assert np.all(error <= scale)
         assert list(state.step) == [point[2] for point in path]
@@ -68,14 +71,14 @@ def assert_follows_reference(run, params, gradients, hps, dtype):
 
 
 def trajectory(hps, params, gradients):
-    """The params and the state after each update."""
+    """The params and the state after each update, stacked."""
     tx = asgd(**hps)
     state, out = tx.init(params), []
     for n in range(STEPS):
-        g = jax.tree.map(lambda g, n=n: jnp.asarray(g[n]), gradients)
+        g = jax.tree.map(lambda g, n=n: g[n], gradients)
         params, state = train_step(tx, params, state, g)
         out.append((params, state))
-    return jax.tree.map(lambda *x: jnp.stack(x), *out)
+    return stacked(out)
 
 
 @pytest.mark.parametrize("compensated", [False, True])

@@ -16,6 +16,7 @@ from tests.support import (
     enable_x64,
     precision_of,
     random_tree,
+    stacked,
     train_step,
 )
 from tests.transformations import ROWS
@@ -24,18 +25,6 @@ STEPS = 5
 DTYPES = ["float16", "bfloat16", "float32", "float64", "complex64", "complex128"]
 
 each_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-
-
-def each_row_and_dtype(dtypes):
-    return pytest.mark.parametrize(
-        ("row", "dtype"),
-        [
-            pytest.param(row, dtype, id=f"{row.name}-{dtype}")
-            for row in ROWS
-            for dtype in dtypes
-            if row.complex or not dtype.startswith("complex")
-        ],
-    )
 
 
 # An average that is rounded to float32 has no finite differences in float64.
@@ -65,10 +54,6 @@ def train_where_nothing_is_jitted(tx, params, grads):
         (params, state),
     )
     return params, state
-
-
-def stacked(trees):
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 def train_in_a_scan(tx, params, grads):
@@ -204,7 +189,15 @@ def test_nor_does_a_step_that_is_not_jitted_compile_anew(row, injected, caplog):
         params, state = train_step(tx, params, state, g)
 
 
-@each_row_and_dtype(DTYPES)
+@pytest.mark.parametrize(
+    ("row", "dtype"),
+    [
+        pytest.param(row, dtype, id=f"{row.name}-{dtype}")
+        for row in ROWS
+        for dtype in DTYPES
+        if row.complex or not dtype.startswith("complex")
+    ],
+)
 def test_shapes_and_dtypes_are_stable(row, dtype):
     with precision_of(dtype):
         tx, params = row.make(), random_tree(0, dtype)

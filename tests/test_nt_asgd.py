@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from asgd_optax import asgd, averaged_params, nt_asgd
 from tests import reference
-from tests.support import bits, precision_of, random_tree, train_step
+from tests.support import bits, precision_of, random_tree, stacked, train_step
 from tools.record_nt_asgd_fixtures import (
     CASES,
     CHECKPOINTS,
@@ -281,21 +281,20 @@ def test_one_program_serves_before_and_after(wrap):
     tx = nt_asgd(0.3, nonmono=1, lambd=0.1)
     looped = run(tx, params, losses, grads)
     assert triggered(looped[1])
-    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *grads)
 
-    def scan(params, stacked, losses):
+    def scan(params, grads, losses):
         def body(carry, row):
             return train_step(tx, *carry, row[0], validation_loss=row[1]), None
 
-        return jax.lax.scan(body, (params, tx.init(params)), (stacked, losses))[0]
+        return jax.lax.scan(body, (params, tx.init(params)), (grads, losses))[0]
 
     if wrap == "scan":
-        found = scan(params, stacked, losses)
+        found = scan(params, stacked(grads), losses)
     else:
         # The devices get losses of their own, so some fire and some do not.
         several = jnp.stack([losses, losses * jnp.nan])
         both = jax.pmap(scan, in_axes=(None, None, 0), devices=jax.devices()[:2])(
-            params, stacked, several
+            params, stacked(grads), several
         )
         found, other = (jax.tree.map(lambda x, i=i: x[i], both) for i in (0, 1))
         assert not triggered(other[1])

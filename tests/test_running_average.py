@@ -12,7 +12,7 @@ from asgd_optax import (
     running_average,
 )
 from tests import reference
-from tests.support import WEIGHTINGS, enable_x64, make_weighting
+from tests.support import WEIGHTINGS, enable_x64, make_weighting, stacked
 
 BATCHES = [
     {"mean": x[0], "var": [x[1:].reshape(1, 2)]}
@@ -39,9 +39,8 @@ def test_running_average_equals_numpys(name, value, compensated):
         update, stepped = jax.jit(mean.update), state
         for batch in BATCHES:
             stepped = update(stepped, batch)
-        stacked = jax.tree.map(lambda *xs: np.stack(xs), *BATCHES)
         scanned, _ = jax.lax.scan(
-            lambda s, x: (mean.update(s, x), None), state, stacked
+            lambda s, x: (mean.update(s, x), None), state, stacked(BATCHES)
         )
         for final in (stepped, scanned):
             assert int(final.step) == count
