@@ -33,7 +33,7 @@ from tqdm import tqdm
 from asgd_optax import (
     AverageProfile,
     combine_averages,
-    gamma_of_width,
+    gamma_from_width,
     posthoc_coefficients,
     power_weighting,
 )
@@ -183,7 +183,7 @@ class Run:
         return self.average([lesson.UNIFORM], steps, target)
 
     def power(self, width: float, end: int) -> Any:
-        weighting = power_weighting(gamma_of_width(width))
+        weighting = power_weighting(gamma_from_width(width))
         steps = range(lesson.EVERY, end + 1, lesson.EVERY)
         return self.average(lesson.POWERS, steps, AverageProfile(end, weighting))
 

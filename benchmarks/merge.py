@@ -25,8 +25,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from asgd_optax import _average_command
-from asgd_optax.checkpoints import average_checkpoints
+from asgd_optax.checkpoints import __main__, average_checkpoints
 from benchmarks import command_line, harness
 
 LEAVES = 128
@@ -70,7 +69,7 @@ def command(paths: Paths) -> None:
     """The command, but for the start of Python."""
     coefficients = np.full(len(paths), 1 / len(paths))
     with tempfile.TemporaryDirectory(dir=paths[0].parent) as folder:
-        _average_command.average(paths, coefficients, None, Path(folder, "merged"))
+        __main__.average(paths, coefficients, None, Path(folder, "merged"))
 
 
 WAYS: dict[str, Callable[[Paths], None]] = {

@@ -14,7 +14,7 @@ from asgd_optax import (
     AverageProfile,
     PosthocFit,
     exponential_weighting,
-    gamma_of_width,
+    gamma_from_width,
     posthoc_coefficients,
     power_weighting,
 )
@@ -41,7 +41,7 @@ Asked for a width of 0.15 after {long:.0e} steps, of two widths kept at ten of t
 
 
 def width(relative: float) -> Any:
-    return power_weighting(gamma_of_width(relative))
+    return power_weighting(gamma_from_width(relative))
 
 
 def targets(step: int) -> dict[str, AverageProfile]:

@@ -24,10 +24,14 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from tqdm import tqdm
 
-from asgd_optax import AverageProfile as Profile
-from asgd_optax import average_iterates, combine_averages, posthoc_coefficients
-from asgd_optax import gamma_of_width as gamma
-from asgd_optax import power_weighting as power
+from asgd_optax import (
+    AverageProfile as Profile,
+    average_iterates,
+    combine_averages,
+    gamma_from_width as gamma,
+    posthoc_coefficients,
+    power_weighting as power,
+)
 from asgd_optax.checkpoints import average_checkpoints
 
 STEPS, EVERY, RATE, WARMUP = 800, 25, 3e-3, 50  # every: from checkpoint to checkpoint

@@ -23,7 +23,7 @@ from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 from asgd_optax import asgd, averaged_params
-from asgd_optax.interop import hyperparams_from_torch, state_from_torch
+from asgd_optax.torch import hyperparams_from_torch, state_from_torch
 
 try:
     import torch

@@ -18,7 +18,7 @@ import time
 import orbax.checkpoint  # noqa: F401
 import tqdm  # noqa: F401
 
-from asgd_optax import _average_command
+from asgd_optax.checkpoints import __main__
 
 RENAME = pathlib.Path.rename
 
@@ -29,7 +29,7 @@ def in_a_process(run, output, begin=lambda: None, wait=None):
     if (child := os.fork()) == 0:
         begin()
         os.write(start, b"!")
-        _average_command.main(["average", run, "--output", str(output)])
+        __main__.main(["average", run, "--output", str(output)])
         os._exit(0)
     os.read(started, 1)
     begun = time.monotonic()

@@ -14,7 +14,7 @@ from asgd_optax import (
     polynomial_weighting,
     uniform_weighting,
 )
-from asgd_optax._numerics import enable_x64
+from asgd_optax._core.numerics import enable_x64
 
 
 def precision_of(dtype):

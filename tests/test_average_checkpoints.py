@@ -24,9 +24,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 import asgd_optax
 from asgd_optax import average_iterates, averaged_params
-from asgd_optax._combine_checkpoints import combine_checkpoints
-from asgd_optax._orbax_checkpoints import read
 from asgd_optax.checkpoints import average_checkpoints, decay_coefficients
+from asgd_optax.checkpoints._combine_checkpoints import combine_checkpoints
+from asgd_optax.checkpoints._orbax_checkpoints import read
 from tests.support import bits, enable_x64
 
 COEFFICIENTS = [0.5, -1.25, 1.75]
@@ -386,7 +386,7 @@ def test_what_differs_is_named_before_anything_is_read(
     def refuse(*_):
         raise AssertionError("something was read")
 
-    monkeypatch.setattr("asgd_optax._orbax_checkpoints.read", refuse)
+    monkeypatch.setattr("asgd_optax.checkpoints._orbax_checkpoints.read", refuse)
     message = message.format(first)
     with pytest.raises(ValueError, match=re.escape(f"{other}{message}")):
         average_checkpoints([first, first, other], part="p")
@@ -511,7 +511,7 @@ def test_bad_arguments(paths, coefficients, error, message):
 
 def test_coefficients_are_checked_before_anything_is_read(run, monkeypatch):
     paths, _ = run
-    monkeypatch.setattr("asgd_optax._orbax_checkpoints.find_part", None)
+    monkeypatch.setattr("asgd_optax.checkpoints._orbax_checkpoints.find_part", None)
     with pytest.raises(ValueError, match="coefficients must be finite"):
         average_checkpoints(paths, [1.0, np.nan, 0.0])
     with pytest.raises(TypeError, match="coefficients must be real numbers"):
@@ -545,9 +545,9 @@ def test_what_is_held(groups, tmp_path, monkeypatch):
         earlier.append([weakref.ref(value) for value in found.values()])
         return found
 
-    monkeypatch.setattr("asgd_optax._orbax_checkpoints.read", recording)
-    monkeypatch.setattr("asgd_optax._combine_checkpoints._LEAST", 1)
-    monkeypatch.setattr("asgd_optax._combine_checkpoints._GROUPS", groups)
+    monkeypatch.setattr("asgd_optax.checkpoints._orbax_checkpoints.read", recording)
+    monkeypatch.setattr("asgd_optax.checkpoints._combine_checkpoints._LEAST", 1)
+    monkeypatch.setattr("asgd_optax.checkpoints._combine_checkpoints._GROUPS", groups)
     told = []
     for like in (None, trees[0]):
         found = combine_checkpoints(
@@ -577,9 +577,9 @@ def test_a_group_of_more_than_half_is_not_read_ahead(tmp_path, monkeypatch):
         threads.append(threading.current_thread())
         return read(*arguments)
 
-    monkeypatch.setattr("asgd_optax._orbax_checkpoints.read", recording)
-    monkeypatch.setattr("asgd_optax._combine_checkpoints._LEAST", 1)
-    monkeypatch.setattr("asgd_optax._combine_checkpoints._GROUPS", 101)
+    monkeypatch.setattr("asgd_optax.checkpoints._orbax_checkpoints.read", recording)
+    monkeypatch.setattr("asgd_optax.checkpoints._combine_checkpoints._LEAST", 1)
+    monkeypatch.setattr("asgd_optax.checkpoints._combine_checkpoints._GROUPS", 101)
     average_checkpoints([path])
     assert threads == 2 * [threading.current_thread()]
 
@@ -593,9 +593,9 @@ def test_a_reader_that_fails(run, monkeypatch):
             raise ValueError(f"{part.path} cannot be read")
         return read(part, *arguments)
 
-    monkeypatch.setattr("asgd_optax._orbax_checkpoints.read", failing)
+    monkeypatch.setattr("asgd_optax.checkpoints._orbax_checkpoints.read", failing)
     for least in (1, 2**26):
-        monkeypatch.setattr("asgd_optax._combine_checkpoints._LEAST", least)
+        monkeypatch.setattr("asgd_optax.checkpoints._combine_checkpoints._LEAST", least)
         with pytest.raises(ValueError, match=re.escape(f"{paths[2]} cannot be read")):
             average_checkpoints(paths)
 

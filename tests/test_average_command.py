@@ -16,9 +16,12 @@ import orbax.checkpoint as ocp
 import pytest
 
 import asgd_optax
-from asgd_optax import _orbax_checkpoints
-from asgd_optax._average_command import main
-from asgd_optax.checkpoints import average_checkpoints, decay_coefficients
+from asgd_optax.checkpoints import (
+    _orbax_checkpoints,
+    average_checkpoints,
+    decay_coefficients,
+)
+from asgd_optax.checkpoints.__main__ import main
 from tests.support import bits
 
 ROOT = Path(__file__).parents[1]
@@ -386,14 +389,15 @@ def test_ended_from_outside(run, tmp_path):
     """As by a scheduler, in the middle of the reading and of the writing."""
     program = """
 import os, signal, sys
-from asgd_optax import _average_command, _orbax_checkpoints
+from asgd_optax.checkpoints import __main__
+from asgd_optax.checkpoints import _orbax_checkpoints
 function = getattr(_orbax_checkpoints, sys.argv[1])
 def ended(*arguments):
     function(*arguments)
     os.kill(os.getpid(), signal.SIGTERM)
     raise AssertionError("it went on")
 setattr(_orbax_checkpoints, sys.argv.pop(1), ended)
-_average_command.run()
+__main__.run()
 """
     for moment in ("read", "write"):
         command = [sys.executable, "-c", program, moment, "average", run]

@@ -17,7 +17,7 @@ from asgd_optax import (
     running_average,
     track_random_scaling,
 )
-from asgd_optax._numerics import rounded
+from asgd_optax._core.numerics import rounded
 from tests.support import (
     assert_average_follows,
     bits,

@@ -12,6 +12,7 @@ from jax.experimental import sparse
 from asgd_optax import (
     asgd,
     average_iterates,
+    confidence_interval as intervals,
     exponential_weighting,
     nt_asgd,
     polynomial_weighting,
@@ -19,7 +20,6 @@ from asgd_optax import (
     running_random_scaling,
     track_random_scaling,
 )
-from asgd_optax import confidence_interval as intervals
 from tests.support import bits
 
 HYPERPARAMETERS = ["learning_rate", "lambd", "alpha", "t0", "weight_decay"]

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from asgd_optax import combine_averages
-from asgd_optax._combine_averages import _JaxSum, _Kind
+from asgd_optax._posthoc.combine_averages import _JaxSum, _Kind
 from tests.support import enable_x64
 
 # Sums of these lose all but the last digits.

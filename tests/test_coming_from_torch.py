@@ -228,7 +228,7 @@ ROWS = {
         {"h": 0.05, "k": 3},
     ),
     "EDM2": Row(
-        "average_iterates(power_weighting(gamma_of_width(width)))",
+        "average_iterates(power_weighting(gamma_from_width(width)))",
         edm2_power,
         {"width": 0.1},
     ),
@@ -353,7 +353,7 @@ def test_how_far_power_averages_look_back(k, theirs):
     The mean age of what the average holds, over the length of the run, is to be
     1 / (gamma + 2), whatever k.
     """
-    steps, gamma = 10_000, asgd_optax.gamma_of_width(0.1)
+    steps, gamma = 10_000, asgd_optax.gamma_from_width(0.1)
     times = np.linspace(0, 1, steps + 1)[:, None]
     weights = [ema_pytorch_power(t, gamma, k) for t in range(1, steps + 1)]
     assert 1 - rule_averages(weights, times)[-1] == pytest.approx(theirs, abs=5e-4)
@@ -367,7 +367,7 @@ def test_how_far_power_averages_look_back(k, theirs):
 @pytest.mark.parametrize(("steps", "share"), [(10_000, 0.66), (100_000, 0.55)])
 def test_share_of_the_first_iterate_where_updates_are_skipped(steps, share):
     """What ema-pytorch's power-function average, left as it is, holds of p(1)."""
-    gamma = asgd_optax.gamma_of_width(0.1)
+    gamma = asgd_optax.gamma_from_width(0.1)
     rest = [1 - ema_pytorch_power(t, gamma, k=100) for t in range(2, steps + 1)]
     assert np.prod(rest) == pytest.approx(share, abs=5e-3)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from asgd_optax import gamma_of_width, power_weighting
+from asgd_optax import gamma_from_width, power_weighting
 from examples import after_the_run
 from tests.programs import assert_lesson_refuses
 from tests.reference import average_shares
@@ -60,7 +60,7 @@ def test_its_averages_are_of_the_iterates(iterates_and_averages, tmp_path, capsy
 
     # Of snapshots of two widths, nearly.
     target, average = of_width
-    weight = power_weighting(gamma_of_width(0.07))
+    weight = power_weighting(gamma_from_width(0.07))
     shares = average_shares(lambda n: float(weight(n)), target.step)
     np.testing.assert_allclose(leaves(average), shares @ iterates, atol=0.05 * moved)
 

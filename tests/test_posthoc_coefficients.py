@@ -19,7 +19,7 @@ from asgd_optax import (
     averaged_params,
     combine_averages,
     exponential_weighting,
-    gamma_of_width,
+    gamma_from_width,
     nt_asgd,
     polynomial_weighting,
     posthoc_coefficients,
@@ -37,7 +37,7 @@ WEIGHTINGS = {
     "default": None,
     "uniform": uniform_weighting(),
     "polynomial": polynomial_weighting(3),
-    "power": power_weighting(gamma_of_width(0.1)),
+    "power": power_weighting(gamma_from_width(0.1)),
     "exponential": exponential_weighting(0.9),
     "follows": exponential_weighting(0.0),
     "plain": exponential_weighting(0.9, debias=False),
@@ -48,7 +48,7 @@ WEIGHTINGS = {
 
 
 def width(w):
-    return power_weighting(gamma_of_width(w))
+    return power_weighting(gamma_from_width(w))
 
 
 def shares(profile):
@@ -356,7 +356,7 @@ def test_blocks_tell_averages_apart_that_have_no_iterate_in_common(monkeypatch):
 
 def test_sums_over_blocks_are_exact_for_polynomials():
     lengths = np.array([*range(1, 300), 10**4, 10**4 + 1])
-    nodes, weights = _posthoc_coefficients._sum_rule(lengths)
+    nodes, weights = posthoc_coefficients._sum_rule(lengths)
     assert np.all(weights >= 0)
     assert np.all((nodes >= 0) & (nodes < lengths[:, None]))
     for length, x, w in zip(lengths, nodes, weights, strict=True):

@@ -22,7 +22,7 @@ from asgd_optax import (
     running_random_scaling,
     track_random_scaling,
 )
-from asgd_optax._averaging import init_mean, update_mean
+from asgd_optax._core.averaging import init_mean, update_mean
 from tests import reference
 from tests.support import bits, enable_x64, precision_of, random_tree, train_step
 

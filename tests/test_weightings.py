@@ -8,7 +8,7 @@ import pytest
 
 from asgd_optax import (
     exponential_weighting,
-    gamma_of_width,
+    gamma_from_width,
     polynomial_weighting,
     power_weighting,
     uniform_weighting,
@@ -112,7 +112,7 @@ def test_the_gradient_over_gamma():
 @pytest.mark.parametrize("gamma", [0.0, 1e-3, 1.0, 6.94, 16.97, 1e4, 1e8])
 def test_the_gamma_of_a_width(gamma):
     width = np.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
-    found = gamma_of_width(width)
+    found = gamma_from_width(width)
     assert type(found) is float
     np.testing.assert_allclose(found, gamma, rtol=1e-8, atol=1e-14)
     assert found >= 0
@@ -122,7 +122,7 @@ def test_the_width_is_that_of_the_average():
     """The deviation of the times of its iterates, each weighing its share."""
     n = 20_000
     for width in (0.05, 0.1, 0.25):
-        ends = (np.arange(n + 1) / n) ** (gamma_of_width(width) + 1)
+        ends = (np.arange(n + 1) / n) ** (gamma_from_width(width) + 1)
         times, shares = (np.arange(n) + 0.5) / n, np.diff(ends)
         mean = shares @ times
         deviation = np.sqrt(shares @ (times - mean) ** 2)
@@ -131,29 +131,29 @@ def test_the_width_is_that_of_the_average():
 
 @pytest.mark.parametrize("kind", [float, np.float32, np.float64, jnp.float32])
 def test_the_widest_is_uniform_to_rounding(kind):
-    gamma = gamma_of_width(kind(1 / np.sqrt(12)))
+    gamma = gamma_from_width(kind(1 / np.sqrt(12)))
     assert 0 <= gamma < 1e-5
 
 
 def test_the_widest_may_have_been_rounded_up_in_float32():
     """To the next number above, and to none beyond."""
     above = np.nextafter(np.float32(1 / np.sqrt(12)), np.float32(1))
-    assert gamma_of_width(above) == 0
+    assert gamma_from_width(above) == 0
     with pytest.raises(ValueError, match="^width must be more than 0 and at most"):
-        gamma_of_width(np.nextafter(above, np.float32(1)))
+        gamma_from_width(np.nextafter(above, np.float32(1)))
 
 
 @pytest.mark.parametrize("width", [0, -0.1, 0.2888, 1, np.inf, np.nan, 1e-200])
 def test_a_width_out_of_range(width):
     with pytest.raises(ValueError, match="^width must be more than 0 and at most"):
-        gamma_of_width(width)
+        gamma_from_width(width)
 
 
 def test_a_width_that_is_no_concrete_number():
     with pytest.raises(TypeError, match="^width must be a number"):
-        gamma_of_width("0.1")
+        gamma_from_width("0.1")
     with pytest.raises(ValueError, match="^width must be a concrete number"):
-        jax.jit(gamma_of_width)(0.1)
+        jax.jit(gamma_from_width)(0.1)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9, 0.999, 0.99999])

@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 from asgd_optax import (
     average_iterates,
     exponential_weighting,
-    gamma_of_width,
+    gamma_from_width,
     power_weighting,
     running_average,
 )
@@ -342,12 +342,12 @@ SKIPPED = 10_000  # updates
 
 def skipping_peer(k: int) -> np.ndarray:
     times = np.linspace(0, 1, SKIPPED + 1)[:, None]
-    return their_averages(ema_pytorch_power, times, gamma=gamma_of_width(0.1), k=k)
+    return their_averages(ema_pytorch_power, times, gamma=gamma_from_width(0.1), k=k)
 
 
 def skipping_ours(k: int) -> np.ndarray:
     times = np.linspace(0, 1, SKIPPED + 1)[:, None]
-    weighting = power_weighting(gamma_of_width(0.1))
+    weighting = power_weighting(gamma_from_width(0.1))
     with enable_x64(True):
         return our_averages(average_iterates(weighting, every=k), times)
 
@@ -356,7 +356,7 @@ def skipping_ours(k: int) -> np.ndarray:
 def test_power_average_that_skips(k, theirs):
     """Ours looks back as far as its width says; ema-pytorch's where k is 1."""
     assert look_back(skipping_peer(k)) == pytest.approx(theirs, abs=5e-4)
-    right = 1 / (gamma_of_width(0.1) + 2)
+    right = 1 / (gamma_from_width(0.1) + 2)
     assert look_back(skipping_ours(k)) == pytest.approx(right, rel=0.05)
 
 
@@ -367,7 +367,7 @@ def test_posthoc_is_made_of_the_same_averages(tmp_path):
         model, sigma_rels=(0.05, 0.1), update_every=1, checkpoint_folder=str(tmp_path)
     )
     gammas = [ema.gamma for ema in average.ema_models]
-    assert gammas == pytest.approx([gamma_of_width(0.05), gamma_of_width(0.1)])
+    assert gammas == pytest.approx([gamma_from_width(0.05), gamma_from_width(0.1)])
     assert all(isinstance(ema, KarrasEMA) for ema in average.ema_models)
 
 
@@ -386,7 +386,7 @@ HALF = {
     "ema-pytorch, power, each step": (
         DRIFT,
         ema_pytorch_power,
-        {"gamma": gamma_of_width(0.1), "k": 1},
+        {"gamma": gamma_from_width(0.1), "k": 1},
     ),
     "timm, step": (JUMP, timm, {"d": 0.999, "u": 0}),
     "diffusers, warmup": (

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from asgd_optax import _checks
+from asgd_optax._core import checks
 
 # The statistics of each BatchNorm by its path: its mean and its variance.
 Statistics = dict[tuple[Any, ...], tuple[jax.Array, jax.Array]]
@@ -42,7 +42,7 @@ def nnx_batch_norms(
         call(copy, batch)
         new = {path: (la.mean[...], la.var[...]) for path, la in layers.items()}
         for path, (_, var) in new.items():
-            if not _checks.is_traced(var) and np.any(np.asarray(var) == -1):
+            if not checks.is_traced(var) and np.any(np.asarray(var) == -1):
                 raise ValueError(
                     f"the BatchNorm {'.'.join(map(str, path)) or 'given'} was not used"
                     " in training mode: pass a `call` that reaches it and does not"

@@ -26,9 +26,9 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from asgd_optax import _averaging, _checks
-from asgd_optax._asgd import ASGDState
-from asgd_optax._torch_state import (
+from asgd_optax._core import averaging, checks
+from asgd_optax._transforms.asgd import ASGDState
+from asgd_optax.torch._torch_state import (
     TORCH_NAMES,
     read_array,
     read_flag,
@@ -66,7 +66,7 @@ def hyperparams_from_torch(state_dict: Mapping[str, Any]) -> dict[str, float]:
 
     Examples:
       >>> from asgd_optax import asgd
-      >>> from asgd_optax.interop import hyperparams_from_torch
+      >>> from asgd_optax.torch import hyperparams_from_torch
       >>> group = {"lr": 0.1, "lambd": 1e-4, "alpha": 0.75, "t0": 100.0}
       >>> group |= {"weight_decay": 0, "maximize": False, "params": [0, 1]}
       >>> hyperparams = hyperparams_from_torch({"state": {}, "param_groups": [group]})
@@ -149,7 +149,7 @@ def state_from_torch(
     Examples:
       >>> import jax, numpy as np, optax
       >>> from asgd_optax import asgd
-      >>> from asgd_optax.interop import hyperparams_from_torch, state_from_torch
+      >>> from asgd_optax.torch import hyperparams_from_torch, state_from_torch
       >>> def to_params(weights):  # a torch.nn.Linear, as Flax has it
       ...     return {"kernel": weights["fc.weight"].T, "bias": weights["fc.bias"]}
       >>> group = dict(lr=0.1, lambd=0.0, alpha=0.75, t0=2.0, weight_decay=0.01)
@@ -305,7 +305,7 @@ def state_to_torch(
         "capturable": False,
         "params": list(range(len(names))),
     }
-    converted = from_params(_averaging.mean_value(state.ax))
+    converted = from_params(averaging.mean_value(state.ax))
     if not isinstance(converted, Mapping):
         raise TypeError(
             "from_params must return a mapping of arrays by name; got a"
@@ -351,7 +351,7 @@ def _check_function(name: str, value: Any) -> None:
 
 def _hyperparameter(name: str, value: ArrayLike) -> float:
     """An argument of `asgd` as a number, once it has been checked."""
-    _checks.check_hyperparameter(name, value, may_be_inf=name == "t0")
+    checks.check_hyperparameter(name, value, may_be_inf=name == "t0")
     # `optax.inject_hyperparams` makes it complex where the parameters are.
     return float(np.real(read_array(value, name)))
 
@@ -368,7 +368,7 @@ def _converted(
     except Exception as error:
         error.add_note(f"to_params was converting the averages, of shapes {shapes}")
         raise
-    _checks.check_params(params, "to_params(averages)")
+    checks.check_params(params, "to_params(averages)")
     made = sum(np.size(leaf) for leaf in jax.tree.leaves(params))
     if made != given:
         raise ValueError(
@@ -376,7 +376,7 @@ def _converted(
             f" and once; their shapes are {shapes}"
         )
     with np.errstate(over="ignore"):  # looked for below
-        ax = _averaging.init_mean(params, None, compensated=False)
+        ax = averaging.init_mean(params, None, compensated=False)
     for path, leaf in jax.tree_util.tree_leaves_with_path(ax):
         if not jnp.isfinite(leaf).all():
             raise ValueError(

@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from asgd_optax._checks import is_key
+from asgd_optax._core.checks import is_key
 
 # The file that tells of the leaves, beside them.
 _METADATA = "_METADATA"

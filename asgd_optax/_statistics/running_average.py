@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from asgd_optax import _averaging, _checks, _weightings
-from asgd_optax._averaging import CompensatedMean, Mean
+from asgd_optax._core import averaging, checks, weightings
+from asgd_optax._core.averaging import CompensatedMean, Mean
 
 
 class RunningAverageState(NamedTuple):
@@ -36,7 +36,7 @@ class RunningAverage(NamedTuple):
 
 
 def running_average(
-    weighting: _weightings.Weighting | None = None,
+    weighting: weightings.Weighting | None = None,
     *,
     accumulator_dtype: DTypeLike | None = None,
     compensated: bool = False,
@@ -77,19 +77,19 @@ def running_average(
       >>> print(mean.value(state)["loss"])
       5.0
     """
-    weighting_ = _weightings.checked_weighting(weighting)
-    _checks.check_accumulator_dtype(accumulator_dtype)
+    weighting_ = weightings.checked_weighting(weighting)
+    checks.check_accumulator_dtype(accumulator_dtype)
 
     def init(tree: Any) -> RunningAverageState:
-        _checks.check_fits("tree", tree, {}, averaged_only=False)
-        mean = _averaging.init_mean(_averaged(tree), accumulator_dtype, compensated)
+        checks.check_fits("tree", tree, {}, averaged_only=False)
+        mean = averaging.init_mean(_averaged(tree), accumulator_dtype, compensated)
         return RunningAverageState(jnp.zeros([], jnp.int32), _filled(mean, tree))
 
     def update(state: RunningAverageState, tree: Any) -> RunningAverageState:
-        _checks.check_state(state, RunningAverageState)
-        kept = _averaging.mean_value(state.average)
-        _checks.check_fits("tree", tree, {}, averaged_only=False)
-        _checks.check_fits("state.average", kept, {"tree": tree}, averaged_only=False)
+        checks.check_state(state, RunningAverageState)
+        kept = averaging.mean_value(state.average)
+        checks.check_fits("tree", tree, {}, averaged_only=False)
+        checks.check_fits("state.average", kept, {"tree": tree}, averaged_only=False)
         step = optax.safe_increment(jnp.asarray(state.step))
         n = step.astype(jnp.result_type(int))
         weight = jnp.asarray(weighting_(n), dtype=jnp.result_type(float))
@@ -97,18 +97,18 @@ def running_average(
         mean: Mean = _averaged(state.average)
         if isinstance(state.average, CompensatedMean):
             mean = CompensatedMean(*map(_averaged, state.average))
-        mean = _averaging.update_mean(mean, new, weight)
+        mean = averaging.update_mean(mean, new, weight)
         return RunningAverageState(step, _filled(mean, tree))
 
     def value(state: RunningAverageState) -> Any:
-        _checks.check_state(state, RunningAverageState)
-        return _averaging.mean_value(state.average)
+        checks.check_state(state, RunningAverageState)
+        return averaging.mean_value(state.average)
 
     return RunningAverage(init, update, value)
 
 
 def _is_averaged(leaf: Any) -> bool:
-    return jnp.issubdtype(_checks.array_dtype(leaf), jnp.inexact)
+    return jnp.issubdtype(checks.array_dtype(leaf), jnp.inexact)
 
 
 def _averaged(tree: Any) -> list[Any]:

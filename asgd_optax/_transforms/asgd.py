@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from asgd_optax import _averaging, _checks
-from asgd_optax._averaging import Mean
-from asgd_optax._numerics import (
+from asgd_optax._core import averaging, checks
+from asgd_optax._core.averaging import Mean
+from asgd_optax._core.numerics import (
     default_float,
     map_real_and_imaginary,
     rounded_update,
@@ -130,18 +130,18 @@ def asgd(
       <https://leon.bottou.org/publications/pdf/compstat-2010.pdf>`_, COMPSTAT 2010.
     """
     check_step_rule(learning_rate, lambd, alpha, weight_decay)
-    _checks.check_hyperparameter("t0", t0, may_be_inf=True)
-    _checks.check_not_narrowed("t0", t0)
-    _checks.check_accumulator_dtype(accumulator_dtype)
+    checks.check_hyperparameter("t0", t0, may_be_inf=True)
+    checks.check_not_narrowed("t0", t0)
+    checks.check_accumulator_dtype(accumulator_dtype)
 
     def eta_and_mu(step: jax.Array) -> tuple[jax.Array, jax.Array]:
         rate = learning_rate(step) if callable(learning_rate) else learning_rate
         return step_size(step, rate, lambd, alpha), weight_at(step, t0)
 
     def init_fn(params: optax.Params) -> ASGDState:
-        _checks.check_params(params)
+        checks.check_params(params)
         step = jnp.zeros([], jnp.int32)
-        ax = _averaging.init_mean(params, accumulator_dtype, compensated)
+        ax = averaging.init_mean(params, accumulator_dtype, compensated)
         return ASGDState(step, *eta_and_mu(step), ax)
 
     def update_fn(
@@ -151,7 +151,7 @@ def asgd(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ASGDState]:
         del extra_args
-        _checks.check_state(state, ASGDState)
+        checks.check_state(state, ASGDState)
         step = jnp.asarray(state.step)
         eta, mu = eta_and_mu(step)
         decay = default_float(lambd) + default_float(weight_decay)
@@ -174,9 +174,9 @@ def check_step_rule(
         ("alpha", alpha),
         ("weight_decay", weight_decay),
     ):
-        _checks.check_hyperparameter(name, value)
+        checks.check_hyperparameter(name, value)
     if not callable(learning_rate):
-        _checks.check_hyperparameter("learning_rate", learning_rate)
+        checks.check_hyperparameter("learning_rate", learning_rate)
 
 
 def asgd_update(
@@ -201,7 +201,7 @@ def asgd_update(
     Returns:
       The steps p' - p, in the dtypes of `updates`, and the new average.
     """
-    _checks.check_update(updates, params, _averaging.mean_trees("state.ax", ax))
+    checks.check_update(updates, params, averaging.mean_trees("state.ax", ax))
 
     minus_eta = -eta
 
@@ -210,7 +210,7 @@ def asgd_update(
 
     steps = jax.tree.map(step_of, updates, params)
     iterates = optax.apply_updates(params, steps)
-    return steps, _averaging.update_mean(ax, iterates, mu)
+    return steps, averaging.update_mean(ax, iterates, mu)
 
 
 @jax.jit

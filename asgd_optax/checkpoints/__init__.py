@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from asgd_optax._checks import check_count, is_key, needs
+from asgd_optax._core.checks import check_count, is_key, needs
 
 _DECAYS: dict[str, Callable[[float], float]] = {
     "linear": lambda x: 1 - x,
@@ -142,7 +142,7 @@ def average_checkpoints(
       array([11., 11.], dtype=float32)
     """
     with needs("checkpoints"):
-        from asgd_optax._combine_checkpoints import combine_checkpoints
+        from asgd_optax.checkpoints._combine_checkpoints import combine_checkpoints
 
     tree = combine_checkpoints(paths, coefficients, part=part, like=like)
     return tree if like is not None else jax.tree.map(_key_data, tree)
@@ -150,10 +150,3 @@ def average_checkpoints(
 
 def _key_data(leaf: Any) -> Any:
     return np.asarray(jax.random.key_data(leaf)) if is_key(leaf) else leaf
-
-
-if __name__ == "__main__":
-    # By a module of its own: this one is imported by it, under its own name.
-    from asgd_optax._average_command import run
-
-    run()

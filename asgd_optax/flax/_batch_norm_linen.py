@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import core, linen
 
-from asgd_optax._batch_norm_nnx import Statistics
+from asgd_optax.flax._batch_norm_nnx import Statistics
 
 _passes = itertools.count()
 

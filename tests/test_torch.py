@@ -16,7 +16,7 @@ import optax
 import pytest
 
 from asgd_optax import ASGDState, CompensatedMean, asgd, averaged_params
-from asgd_optax.interop import (
+from asgd_optax.torch import (
     hyperparams_from_torch,
     state_from_torch,
     state_to_torch,
@@ -866,8 +866,8 @@ def test_only_the_way_back_needs_torch(monkeypatch, recorded):
 
 
 def test_is_not_imported_with_the_package():
-    code = "import asgd_optax, sys; assert 'asgd_optax.interop' not in sys.modules"
-    code += "; import asgd_optax.interop; assert 'torch' not in sys.modules"
+    code = "import asgd_optax, sys; assert 'asgd_optax.torch' not in sys.modules"
+    code += "; import asgd_optax.torch; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
 
-from asgd_optax import _averaging
-from asgd_optax._averaged_params import averaged_params
-from asgd_optax._batch_norm_linen import linen_batch_norms
-from asgd_optax._batch_norm_nnx import Statistics, nnx_batch_norms
+from asgd_optax._accessors.averaged_params import averaged_params
+from asgd_optax._core import averaging
+from asgd_optax.flax._batch_norm_linen import linen_batch_norms
+from asgd_optax.flax._batch_norm_nnx import Statistics, nnx_batch_norms
 
 _M = TypeVar("_M", bound=nnx.Module)
 
-_update_mean = jax.jit(_averaging.update_mean)
+_update_mean = jax.jit(averaging.update_mean)
 
 
 def averaged_model(model: _M, optimizer: Any, *, wrt: Any = None) -> _M:
@@ -191,7 +191,7 @@ def update_batch_stats(
 def _copied(x: Any) -> Any:
     """A copy of an array, of JAX's or NumPy's; what is none as it is."""
     if isinstance(x, jax.Array):
-        return jnp.copy(_averaging.in_device_memory(x))
+        return jnp.copy(averaging.in_device_memory(x))
     return x.copy() if isinstance(x, np.ndarray) else x
 
 
@@ -221,7 +221,7 @@ def _average(
         total += weight
         new = statistics(batch)
         if mean is None:
-            mean = _averaging.init_mean(new, None, compensated=False)
+            mean = averaging.init_mean(new, None, compensated=False)
         else:
             share = jnp.asarray(weight / total, dtype=jnp.result_type(float))
             mean = _update_mean(mean, new, share)

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from asgd_optax import _checks
-from asgd_optax._asgd import ASGDState
-from asgd_optax._average_iterates import AverageIteratesState
-from asgd_optax._averaging import mean_value
-from asgd_optax._find_states import find_states
-from asgd_optax._nt_asgd import NTASGDState
-from asgd_optax._random_scaling import RandomScalingState
+from asgd_optax._accessors.find_states import find_states
+from asgd_optax._core import checks
+from asgd_optax._core.averaging import mean_value
+from asgd_optax._statistics.random_scaling import RandomScalingState
+from asgd_optax._transforms.asgd import ASGDState
+from asgd_optax._transforms.average_iterates import AverageIteratesState
+from asgd_optax._transforms.nt_asgd import NTASGDState
 
 # The field of each averaging state that holds its mean.
 _MEAN_FIELDS = {
@@ -269,7 +269,7 @@ def _cast(average: Any, param: Any, path: Any) -> jax.Array:
         )
     if isinstance(average, jax.ShapeDtypeStruct):
         raise TypeError(f"the average of {_name(path)} is abstract: it has no numbers")
-    kinds = [_checks.array_dtype(average), _checks.array_dtype(param)]
+    kinds = [checks.array_dtype(average), checks.array_dtype(param)]
     # A complex number has no place in a real parameter, nor a number in an integer.
     if any(kind is None for kind in kinds) or not (
         jnp.issubdtype(kinds[1], jnp.complexfloating)

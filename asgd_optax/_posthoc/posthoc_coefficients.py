@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from asgd_optax import _checks
-from asgd_optax._numerics import LAST_STEP, enable_x64
-from asgd_optax._weightings import Weighting, uniform_weighting
+from asgd_optax._core import checks
+from asgd_optax._core.numerics import LAST_STEP, enable_x64
+from asgd_optax._core.weightings import Weighting, uniform_weighting
 
 # Longer runs are fitted blockwise.
 _EXACT_STEPS = 10**6
@@ -214,10 +214,10 @@ def _checked(name: str, profile: AverageProfile) -> _Profile:
 
 def _whole(name: str, value: Any, *, at_least: int, may_be_inf: bool = True) -> int:
     """A concrete whole number as an int; what comes after the last step as that."""
-    _checks.check_count(name, value, at_least=at_least, may_be_inf=may_be_inf)
-    if _checks.is_traced(value):
+    checks.check_count(name, value, at_least=at_least, may_be_inf=may_be_inf)
+    if checks.is_traced(value):
         raise ValueError(f"{name} must be a concrete number: it is not to be traced")
-    return int(min(_checks.concrete(value), LAST_STEP + 1))
+    return int(min(checks.concrete(value), LAST_STEP + 1))
 
 
 def _weights_of(name: str, weighting: Weighting, n: np.ndarray) -> np.ndarray:
@@ -225,7 +225,7 @@ def _weights_of(name: str, weighting: Weighting, n: np.ndarray) -> np.ndarray:
 
     def weight(n: jax.Array) -> jax.Array:
         w = weighting(n)
-        _checks.check_scalar(name, w)
+        checks.check_scalar(name, w)
         return jnp.asarray(w, jnp.float64)
 
     flat = n.reshape(-1)

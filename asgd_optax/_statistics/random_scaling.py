@@ -14,9 +14,9 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from asgd_optax import _averaging, _checks
-from asgd_optax._averaging import CompensatedMean
-from asgd_optax._numerics import split_count, zeros_as
+from asgd_optax._core import averaging, checks
+from asgd_optax._core.averaging import CompensatedMean
+from asgd_optax._core.numerics import split_count, zeros_as
 
 
 class RandomScalingState(NamedTuple):
@@ -56,15 +56,15 @@ def init_scaling(name: str, tree: Any) -> RandomScalingState:
       name: what `tree` is, for a message.
       tree: a pytree of real floating arrays, in the shapes and dtypes to come.
     """
-    _checks.check_params(tree, name)
+    checks.check_params(tree, name)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if jnp.iscomplexobj(leaf):
             raise TypeError(
                 f"{name}{jax.tree_util.keystr(path)} is {jnp.result_type(leaf)}:"
                 " intervals are for real numbers"
             )
-    average = _averaging.init_mean(tree, None, compensated=True)
-    center = _averaging.init_mean(tree, None, compensated=True)
+    average = averaging.init_mean(tree, None, compensated=True)
+    center = averaging.init_mean(tree, None, compensated=True)
     spread = zeros_as(average.value)
     step, averaged = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
     return RandomScalingState(step, averaged, average, center, spread)
@@ -84,7 +84,7 @@ def update_scaling(
     # A traced start is not checked: of a negative one all are averaged, no more.
     averaged = jnp.clip(step - split_count(start)[0], 0, step)
     n = jnp.maximum(averaged, 1).astype(jnp.result_type(float))
-    average = _averaging.update_mean(state.average, iterates, 1 / n)
+    average = averaging.update_mean(state.average, iterates, 1 / n)
     # n^2 over 1 + 4 + … + n^2. At n = 1 it is 1: all begins anew.
     share = 6 / ((1 + 1 / n) * (2 * n + 1))
 
@@ -93,7 +93,7 @@ def update_scaling(
     # by way of their residuals (NaN only where they are), and the squares by way
     # of the new centers, as Welford does.
     means = jax.tree.map(_by_way_of, average.residual, average.value)
-    center = _averaging.update_mean(state.center, means, share)
+    center = averaging.update_mean(state.center, means, share)
 
     squares = jax.tree.map(
         functools.partial(_new_square, share),
@@ -103,7 +103,7 @@ def update_scaling(
         center.value,
         center.residual,
     )
-    spread = _averaging.update_mean(state.spread, squares, share)
+    spread = averaging.update_mean(state.spread, squares, share)
     return RandomScalingState(step, averaged, average, center, spread)
 
 
@@ -176,16 +176,16 @@ def checked_trees(state: RandomScalingState) -> dict[str, optax.Params]:
             raise TypeError(
                 f"state.{field} must be a CompensatedMean; got a {type(mean).__name__}"
             )
-        kept |= _averaging.mean_trees(f"state.{field}", mean)
+        kept |= averaging.mean_trees(f"state.{field}", mean)
     return {**kept, "state.spread": state.spread}
 
 
 def critical_value(level: Any) -> float:
     """The c with P(|T| > c) = 1 - level, of a concrete level in (0, 1)."""
-    _checks.check_scalar("level", level)
-    if _checks.is_traced(level):
+    checks.check_scalar("level", level)
+    if checks.is_traced(level):
         raise ValueError("level must be a concrete number: it is not to be traced")
-    if not 0 < (number := float(_checks.concrete(level))) < 1:
+    if not 0 < (number := float(checks.concrete(level))) < 1:
         raise ValueError(f"level must be between 0 and 1; got {level}")
     return _critical_value(number)
 

@@ -19,8 +19,8 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from asgd_optax import _averaging, _checks
-from asgd_optax._numerics import map_real_and_imaginary
+from asgd_optax._core import averaging, checks
+from asgd_optax._core.numerics import map_real_and_imaginary
 
 # Elements of a NumPy array that are added at once: what is computed with them stays in
 # the processor's cache.
@@ -96,7 +96,7 @@ def combine_averages(
 
 def checked_coefficients(coefficients: ArrayLike) -> list[float]:
     """The numbers; raises unless they are finite, and in a row."""
-    if any(map(_checks.is_traced, jax.tree.leaves(coefficients))):
+    if any(map(checks.is_traced, jax.tree.leaves(coefficients))):
         raise ValueError("coefficients must be concrete: they are not to be traced")
     try:
         numbers = np.asarray(coefficients)
@@ -151,7 +151,7 @@ class _Combined:
         elif treedef != self.treedef:
             first = jax.tree.unflatten(self.treedef, range(len(self.sums)))
             other = {f"averages[{self.trees}]": tree}
-            raise ValueError(_checks.misfit("averages[0]", first, other))
+            raise ValueError(checks.misfit("averages[0]", first, other))
         for (path, _), kind, expected in zip(pairs, kinds, self.kinds, strict=True):
             for what, here, there in zip(_Kind._fields, kind, expected, strict=True):
                 if here != there:
@@ -170,7 +170,7 @@ class _Combined:
 def _kind(leaf: Any) -> _Kind:
     if isinstance(leaf, np.ndarray | np.generic):
         return _Kind(leaf.shape, leaf.dtype)
-    dtype = _checks.array_dtype(leaf)
+    dtype = checks.array_dtype(leaf)
     return _Kind(() if dtype is None else np.shape(leaf), dtype)
 
 
@@ -247,10 +247,10 @@ class _JaxSum:
         self.parts: tuple[jax.Array, ...] = ()
 
     def add(self, number: float, leaf: Any) -> None:
-        if not self.parts and not _checks.is_traced(leaf):
+        if not self.parts and not checks.is_traced(leaf):
             self.sharding = leaf.sharding
         leaf, *parts = (
-            _averaging.in_device_memory(self._placed(x)) for x in (leaf, *self.parts)
+            averaging.in_device_memory(self._placed(x)) for x in (leaf, *self.parts)
         )
         head, tail = _split_number(number, jnp.finfo(_wide(self.dtype)))
         kernel = _add if parts else _begin
@@ -259,7 +259,7 @@ class _JaxSum:
         self.parts = tuple(map(self._placed, parts))
 
     def result(self) -> jax.Array:
-        parts = map(_averaging.in_device_memory, self.parts)
+        parts = map(averaging.in_device_memory, self.parts)
         del self.parts
         return self._placed(_rounded_sum(*parts, self.dtype))
 

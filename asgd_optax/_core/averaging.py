@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from asgd_optax._numerics import (
+from asgd_optax._core.numerics import (
     map_real_and_imaginary,
     rounded,
     rounded_update,

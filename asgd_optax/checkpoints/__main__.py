@@ -15,7 +15,7 @@ from typing import NoReturn
 import jax
 import numpy as np
 
-from asgd_optax._checks import needs
+from asgd_optax._core.checks import needs
 from asgd_optax.checkpoints import decay_coefficients
 
 _WEIGHTS = ("uniform", "linear", "cosine", "minus-sqrt")
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_intermixed_args(argv)
     try:
         with needs("checkpoints"):
-            from asgd_optax._orbax_checkpoints import steps_of
+            from asgd_optax.checkpoints._orbax_checkpoints import steps_of
         steps = _steps(parser, arguments, steps_of)
         coefficients = _coefficients(parser, arguments.weights, len(steps))
         output = _checked_output(parser, arguments.output)
@@ -76,8 +76,8 @@ def average(
     with needs("checkpoints"):
         from tqdm import tqdm
 
-        from asgd_optax import _orbax_checkpoints
-        from asgd_optax._combine_checkpoints import combine_checkpoints
+        from asgd_optax.checkpoints import _orbax_checkpoints
+        from asgd_optax.checkpoints._combine_checkpoints import combine_checkpoints
 
     with tqdm(desc="averaging", unit="B", unit_scale=True, unit_divisor=1024) as bar:
 
@@ -237,3 +237,7 @@ def _checked_output(parser: _Parser, path: Path) -> Path:
     if not os.access(output.parent, os.W_OK):
         parser.error(f"argument --output: cannot write in {output.parent}")
     return output
+
+
+if __name__ == "__main__":
+    run()

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import numpy as np
 from jax.typing import ArrayLike
 
-from asgd_optax import _orbax_checkpoints
-from asgd_optax._combine_averages import checked_coefficients, combine_averages
+from asgd_optax._posthoc.combine_averages import checked_coefficients, combine_averages
+from asgd_optax.checkpoints import _orbax_checkpoints
 
 _T = TypeVar("_T")
 

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from asgd_optax import _checks
-from asgd_optax._numerics import default_float
+from asgd_optax._core import checks
+from asgd_optax._core.numerics import default_float
 
 # From n = 1, 2, ..., a scalar of JAX's default integer dtype, to the weight w in
 # average <- average + w (iterate - average), a floating scalar.
@@ -62,8 +62,8 @@ def polynomial_weighting(gamma: ArrayLike) -> Weighting:
       Shamir & Zhang, `Stochastic gradient descent for non-smooth optimization
       <https://proceedings.mlr.press/v28/shamir13.html>`_, ICML 2013, section 4.
     """
-    _checks.check_hyperparameter("gamma", gamma)
-    _checks.check_not_narrowed("gamma", gamma)
+    checks.check_hyperparameter("gamma", gamma)
+    checks.check_not_narrowed("gamma", gamma)
 
     def weight(n: jax.Array) -> jax.Array:
         g = default_float(gamma)
@@ -77,7 +77,7 @@ def power_weighting(gamma: ArrayLike) -> Weighting:
 
     In it the k-th of n iterates has the share (k^(gamma + 1) - (k - 1)^(gamma + 1)) /
     n^(gamma + 1), so the average looks back over a fixed part of the run, whatever
-    its length: `gamma_of_width` gives the gamma of a width. gamma = 0 is uniform.
+    its length: `gamma_from_width` gives the gamma of a width. gamma = 0 is uniform.
 
     Args:
       gamma: power, a scalar of at least 0; may be traced.
@@ -100,8 +100,8 @@ def power_weighting(gamma: ArrayLike) -> Weighting:
       Karras et al., `Analyzing and improving the training dynamics of diffusion
       models <https://arxiv.org/abs/2312.02696>`_, CVPR 2024, section 3.1.
     """
-    _checks.check_hyperparameter("gamma", gamma)
-    _checks.check_not_narrowed("gamma", gamma)
+    checks.check_hyperparameter("gamma", gamma)
+    checks.check_not_narrowed("gamma", gamma)
 
     def weight(n: jax.Array) -> jax.Array:
         share = jnp.reciprocal(default_float(n))
@@ -113,7 +113,7 @@ def power_weighting(gamma: ArrayLike) -> Weighting:
     return weight
 
 
-def gamma_of_width(width: float) -> float:
+def gamma_from_width(width: float) -> float:
     r"""The gamma whose power-function average has this relative standard deviation.
 
     The width of an average is the standard deviation of the times of its iterates, each
@@ -135,18 +135,18 @@ def gamma_of_width(width: float) -> float:
       TypeError: a width that is no number.
 
     Examples:
-      >>> from asgd_optax import gamma_of_width
-      >>> round(gamma_of_width(0.1), 2), round(gamma_of_width(0.05), 2)
+      >>> from asgd_optax import gamma_from_width
+      >>> round(gamma_from_width(0.1), 2), round(gamma_from_width(0.05), 2)
       (6.94, 16.97)
 
     References:
       Karras et al., `Analyzing and improving the training dynamics of diffusion
       models <https://arxiv.org/abs/2312.02696>`_, CVPR 2024, section 3.1.
     """
-    _checks.check_scalar("width", width)
-    if _checks.is_traced(width):
+    checks.check_scalar("width", width)
+    if checks.is_traced(width):
         raise ValueError("width must be a concrete number: it is not to be traced")
-    square = float(_checks.concrete(width)) ** 2
+    square = float(checks.concrete(width)) ** 2
     # A width that was rounded in float32 may be above the uniform average's.
     if not (width > 0 and 0 < square <= (1 + 2.0**-22) / 12):
         raise ValueError(
@@ -218,21 +218,21 @@ def exponential_weighting(
     References:
       Kingma & Ba, `Adam <https://arxiv.org/abs/1412.6980>`_, ICLR 2015, section 3.
     """
-    _checks.check_hyperparameter("decay", decay)
-    _checks.check_not_narrowed("decay", decay)
+    checks.check_hyperparameter("decay", decay)
+    checks.check_not_narrowed("decay", decay)
     if warmup is not None and not callable(warmup):
         raise TypeError(f"warmup must be a function of n; got {warmup!r}")
     if warmup is not None and debias:
         raise ValueError("debias=True: a warmup leaves no bias that could be removed")
     debias = warmup is None if debias is None else debias
-    if not _checks.is_traced(decay):
+    if not checks.is_traced(decay):
         # In float64, or the rounding of `decay` would be a great part of 1 - decay.
-        decay = _checks.concrete(decay)
+        decay = checks.concrete(decay)
         if decay >= 1:
             raise ValueError(f"decay must be less than 1; got {decay}")
 
     def weight(n: jax.Array) -> jax.Array:
-        traced = _checks.is_traced(decay)
+        traced = checks.is_traced(decay)
         forget = 1 - default_float(decay) if traced else default_float(1 - decay)
         if warmup is not None:
             forget = jnp.maximum(forget, 1 - default_float(warmup(n)))
@@ -261,7 +261,7 @@ def checked_weighting(weighting: Any) -> Weighting:
         )
 
     def weight(n: jax.Array) -> ArrayLike:
-        _checks.check_scalar("weighting(n)", w := weighting(n))
+        checks.check_scalar("weighting(n)", w := weighting(n))
         return w
 
     return weight

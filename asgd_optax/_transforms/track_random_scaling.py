@@ -7,9 +7,10 @@ import jax
 import optax
 from jax.typing import ArrayLike
 
-from asgd_optax import _averaging, _checks, _random_scaling
-from asgd_optax._find_states import find_states
-from asgd_optax._random_scaling import ConfidenceInterval, RandomScalingState
+from asgd_optax._accessors.find_states import find_states
+from asgd_optax._core import averaging, checks
+from asgd_optax._statistics import random_scaling
+from asgd_optax._statistics.random_scaling import ConfidenceInterval, RandomScalingState
 
 
 def track_random_scaling(
@@ -54,10 +55,10 @@ def track_random_scaling(
       gradient descent via random scaling <https://arxiv.org/abs/2106.03156>`_,
       AAAI 2022.
     """
-    _checks.check_count("start", start, at_least=0)
+    checks.check_count("start", start, at_least=0)
 
     def init_fn(params: optax.Params) -> RandomScalingState:
-        return _random_scaling.init_scaling("params", params)
+        return random_scaling.init_scaling("params", params)
 
     def update_fn(
         updates: optax.Updates,
@@ -66,11 +67,11 @@ def track_random_scaling(
         **extra_args: Any,
     ) -> tuple[optax.Updates, RandomScalingState]:
         del extra_args
-        _checks.check_state(state, RandomScalingState)
-        _checks.check_update(updates, params, _random_scaling.checked_trees(state))
-        updates = _averaging.round_updates(updates)
+        checks.check_state(state, RandomScalingState)
+        checks.check_update(updates, params, random_scaling.checked_trees(state))
+        updates = averaging.round_updates(updates)
         iterates = optax.apply_updates(params, updates)
-        return updates, _random_scaling.update_scaling(state, iterates, start)
+        return updates, random_scaling.update_scaling(state, iterates, start)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -131,7 +132,7 @@ def confidence_interval(
       Abadir & Paruolo, `Two mixed normal densities from cointegration analysis
       <https://doi.org/10.2307/2171824>`_, Econometrica 65(3), 1997.
     """
-    return _random_scaling.intervals(_only_state(opt_state), level)
+    return random_scaling.intervals(_only_state(opt_state), level)
 
 
 def _only_state(opt_state: optax.OptState) -> RandomScalingState:

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from asgd_optax import _checks, _random_scaling
-from asgd_optax._numerics import wide_dtype
-from asgd_optax._random_scaling import ConfidenceInterval, RandomScalingState
+from asgd_optax._core import checks
+from asgd_optax._core.numerics import wide_dtype
+from asgd_optax._statistics import random_scaling
+from asgd_optax._statistics.random_scaling import ConfidenceInterval, RandomScalingState
 
 
 class _Interval(Protocol):
@@ -82,27 +83,27 @@ def running_random_scaling(*, start: ArrayLike = 0) -> RunningRandomScaling:
       gradient descent via random scaling <https://arxiv.org/abs/2106.03156>`_,
       AAAI 2022.
     """
-    _checks.check_count("start", start, at_least=0)
+    checks.check_count("start", start, at_least=0)
 
     def init(tree: Any) -> RandomScalingState:
-        return _random_scaling.init_scaling("tree", tree)
+        return random_scaling.init_scaling("tree", tree)
 
     def update(state: RandomScalingState, tree: Any) -> RandomScalingState:
-        _checks.check_state(state, RandomScalingState)
-        kept = _random_scaling.checked_trees(state)
+        checks.check_state(state, RandomScalingState)
+        kept = random_scaling.checked_trees(state)
         name, average = next(iter(kept.items()))
-        _checks.check_fits(name, average, {"tree": tree, **kept})
+        checks.check_fits(name, average, {"tree": tree, **kept})
         _check_precision(name, average, tree)
         tree = jax.tree.map(jnp.asarray, tree)
-        return _random_scaling.update_scaling(state, tree, start)
+        return random_scaling.update_scaling(state, tree, start)
 
     def value(state: RandomScalingState) -> Any:
-        _checks.check_kind(state, RandomScalingState)
+        checks.check_kind(state, RandomScalingState)
         return state.average.value
 
     def interval(state: RandomScalingState, level: float = 0.95) -> ConfidenceInterval:
-        _checks.check_kind(state, RandomScalingState)
-        return _random_scaling.intervals(state, level)
+        checks.check_kind(state, RandomScalingState)
+        return random_scaling.intervals(state, level)
 
     return RunningRandomScaling(init, update, value, interval)
 

@@ -9,9 +9,9 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from asgd_optax import _averaging, _checks, _weightings
-from asgd_optax._averaging import Mean
-from asgd_optax._numerics import split_count
+from asgd_optax._core import averaging, checks, weightings
+from asgd_optax._core.averaging import Mean
+from asgd_optax._core.numerics import split_count
 
 
 class AverageIteratesState(NamedTuple):
@@ -33,7 +33,7 @@ class AverageIteratesState(NamedTuple):
 
 
 def average_iterates(
-    weighting: _weightings.Weighting | None = None,
+    weighting: weightings.Weighting | None = None,
     *,
     start: ArrayLike = 0,
     every: ArrayLike = 1,
@@ -101,16 +101,16 @@ def average_iterates(
       Polyak & Juditsky, `Acceleration of stochastic approximation by averaging
       <https://doi.org/10.1137/0330046>`_, SIAM J. Control Optim. 30(4), 1992.
     """
-    weighting_ = _weightings.checked_weighting(weighting)
-    _checks.check_count("start", start, at_least=0)
-    _checks.check_count("every", every, at_least=1)
+    weighting_ = weightings.checked_weighting(weighting)
+    checks.check_count("start", start, at_least=0)
+    checks.check_count("every", every, at_least=1)
     if not isinstance(include_start, bool | np.bool_):
         raise TypeError(f"include_start must be True or False; got {include_start!r}")
-    _checks.check_accumulator_dtype(accumulator_dtype)
+    checks.check_accumulator_dtype(accumulator_dtype)
 
     def init_fn(params: optax.Params) -> AverageIteratesState:
-        _checks.check_params(params)
-        average = _averaging.init_mean(params, accumulator_dtype, compensated)
+        checks.check_params(params)
+        average = averaging.init_mean(params, accumulator_dtype, compensated)
         step = jnp.zeros([], jnp.int32)
         begun = include_start & (split_count(start)[0] == 0)
         averaged = jnp.asarray(begun, dtype=jnp.int32)
@@ -123,9 +123,9 @@ def average_iterates(
         **extra_args: Any,
     ) -> tuple[optax.Updates, AverageIteratesState]:
         del extra_args
-        _checks.check_state(state, AverageIteratesState)
-        kept = _averaging.mean_trees("state.average", state.average)
-        _checks.check_update(updates, params, kept)
+        checks.check_state(state, AverageIteratesState)
+        kept = averaging.mean_trees("state.average", state.average)
+        checks.check_update(updates, params, kept)
         step, averaged = jnp.asarray(state.step), jnp.asarray(state.averaged)
         step = optax.safe_increment(step)
         since = step - split_count(start)[0]
@@ -135,7 +135,7 @@ def average_iterates(
         first = include_start & (since == 0) & ~begun
         due = (since >= period) & (since % period == 0)
         averaged = jnp.where(due | first, optax.safe_increment(averaged), averaged)
-        updates = _averaging.round_updates(updates)
+        updates = averaging.round_updates(updates)
         iterates = optax.apply_updates(params, updates)
 
         n = jnp.maximum(averaged, 1).astype(jnp.result_type(int))
@@ -143,8 +143,8 @@ def average_iterates(
         # Until the first averaged iterate the average follows the iterate.
         weight = jnp.where(due, weight, jnp.where(begun, 0, 1))
         operands = state.average, iterates, weight
-        if not _checks.is_traced(every) and _checks.concrete(every) == 1:
-            new = _averaging.update_mean(*operands)
+        if not checks.is_traced(every) and checks.concrete(every) == 1:
+            new = averaging.update_mean(*operands)
             return updates, AverageIteratesState(step, averaged, new)
         # The iterate comes from outside of the branch, and the branch that keeps the
         # average stands before the one that writes it: so neither of them is copied,
@@ -154,7 +154,7 @@ def average_iterates(
         # the branches themselves, or JAX would compile them anew at each one that is
         # not jitted.
         index = due.astype(jnp.int32) + ~begun
-        new = jax.lax.switch(index, [_kept, _averaging.update_mean], *operands)
+        new = jax.lax.switch(index, [_kept, averaging.update_mean], *operands)
         return updates, AverageIteratesState(step, averaged, new)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from asgd_optax import _checks
+from asgd_optax._core import checks
 
 LAST_STEP = np.iinfo(np.int32).max
 
@@ -118,13 +118,13 @@ def split_count(count: ArrayLike) -> tuple[Any, Any]:
     """
     xp: Any = np
     value: Any = count
-    if _checks.is_traced(value):
+    if checks.is_traced(value):
         xp, value = jnp, jnp.real(value)
         # A float16 holds no number near the last step.
         whole = jnp.issubdtype(value.dtype, jnp.integer)
         value = value.astype(jnp.result_type(int if whole else float))
     else:
-        value = _checks.concrete(value)
+        value = checks.concrete(value)
     never = value >= LAST_STEP
     reached = xp.where(never, 0, value)
     whole = reached if xp.issubdtype(reached.dtype, xp.integer) else xp.floor(reached)

@@ -8,10 +8,15 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from asgd_optax import _averaging, _checks
-from asgd_optax._asgd import asgd_update, check_step_rule, step_size, weight_at
-from asgd_optax._averaging import Mean
-from asgd_optax._numerics import default_float
+from asgd_optax._core import averaging, checks
+from asgd_optax._core.averaging import Mean
+from asgd_optax._core.numerics import default_float
+from asgd_optax._transforms.asgd import (
+    asgd_update,
+    check_step_rule,
+    step_size,
+    weight_at,
+)
 
 
 class NTASGDState(NamedTuple):
@@ -126,24 +131,24 @@ def nt_asgd(
       <https://github.com/salesforce/awd-lstm-lm/blob/master/main.py>`_.
     """
     check_step_rule(learning_rate, lambd, alpha, weight_decay)
-    _checks.check_count("nonmono", nonmono, at_least=1, may_be_inf=False)
-    _checks.check_accumulator_dtype(accumulator_dtype)
+    checks.check_count("nonmono", nonmono, at_least=1, may_be_inf=False)
+    checks.check_accumulator_dtype(accumulator_dtype)
 
     def init_fn(params: optax.Params) -> NTASGDState:
-        _checks.check_params(params)
-        if _checks.is_traced(nonmono):
+        checks.check_params(params)
+        if checks.is_traced(nonmono):
             raise ValueError(
                 "nonmono sets the size of the state and cannot be traced: under"
                 ' optax.inject_hyperparams name it, as in static_args="nonmono"'
             )
-        none = jnp.full(int(_checks.concrete(nonmono)), jnp.inf, jnp.result_type(float))
+        none = jnp.full(int(checks.concrete(nonmono)), jnp.inf, jnp.result_type(float))
         return NTASGDState(
             step=jnp.zeros([], jnp.int32),
             triggered=jnp.zeros([], bool),
             since=jnp.zeros([], jnp.int32),
             recent=none,
             lowest=none[0],
-            ax=_averaging.init_mean(params, accumulator_dtype, compensated),
+            ax=averaging.init_mean(params, accumulator_dtype, compensated),
         )
 
     def update_fn(
@@ -155,7 +160,7 @@ def nt_asgd(
         **extra_args: Any,
     ) -> tuple[optax.Updates, NTASGDState]:
         del extra_args
-        _checks.check_state(state, NTASGDState)
+        checks.check_state(state, NTASGDState)
         step, since = jnp.asarray(state.step), jnp.asarray(state.since)
         triggered, recent, lowest = _after_loss(
             validation_loss,
@@ -196,7 +201,7 @@ def _after_loss(
     """
     if loss is None:
         return triggered, recent, lowest
-    _checks.check_scalar("validation_loss", loss)
+    checks.check_scalar("validation_loss", loss)
     if jnp.iscomplexobj(loss):
         raise TypeError(f"validation_loss must be real; got {loss!r}")
     loss = jnp.asarray(loss, dtype=recent.dtype)

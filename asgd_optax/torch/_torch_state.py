@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from asgd_optax import _checks
-from asgd_optax._numerics import LAST_STEP
+from asgd_optax._core import checks
+from asgd_optax._core.numerics import LAST_STEP
 
 # Torch's name of each argument of `asgd`.
 TORCH_NAMES = {
@@ -346,7 +346,7 @@ def _read_strings(value: Any, what: str) -> list[str]:
 
 def read_array(value: Any, what: str) -> np.ndarray:
     """A tensor, array or number as a NumPy array that shares no memory with it."""
-    if _checks.is_traced(value):
+    if checks.is_traced(value):
         raise TypeError(
             f"{what} is traced: torch's state is read and made outside of jax.jit"
         )
@@ -376,7 +376,7 @@ def read_number(
 ) -> np.ndarray:
     """A number from 0 to `most`, in its own dtype; shape ()."""
     number = _read_real(value, what)
-    _checks.check_hyperparameter(what, number, may_be_inf=may_be_inf)
+    checks.check_hyperparameter(what, number, may_be_inf=may_be_inf)
     if number > most:
         raise ValueError(f"{what} must be at most {most:g}; got {number}")
     return number
