@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Comparison of pytrees: do they agree in structure, shape and dtype, and if not, where?"""
+"""Comparison of pytrees in structure, shape and dtype."""
 
 import operator
 from collections.abc import Callable, Sequence
@@ -51,8 +51,8 @@ def check_agree(
         here, there = paths(tree), paths(other)
         difference = path_difference(
             name,
-            missing=[path for path in there if path not in here],
-            unexpected=[path for path in here if path not in there],
+            missing=[path for path in there if path not in set(here)],
+            unexpected=[path for path in here if path not in set(there)],
         )
         raise ValueError(
             f"{name} and {other_name} differ in structure:"
