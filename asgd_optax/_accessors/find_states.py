@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finding states of a kind, wherever they stand in a pytree."""
+"""Search for states in a pytree."""
 
 from collections.abc import Collection
 from typing import Any
@@ -8,7 +8,7 @@ import jax
 
 
 def find_states(tree: Any, kinds: Collection[type]) -> list[tuple[Any, Any]]:
-    """The path and the node of every state in `tree` of one of these very types."""
+    """Return the path and the node of every state in `tree` of exactly these types."""
 
     def is_state(node: Any) -> bool:
         return type(node) in kinds

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The averaging kernel: a running mean of the iterates as they are applied.
 
-Every transformation that averages rounds its updates (`round_updates`), lets
-`optax.apply_updates` make the iterate of them and hands it to `update_mean` with a
-weight of its own. What is rounded, and when:
+Every averaging transformation rounds its updates (`round_updates`), lets
+`optax.apply_updates` compute the iterate and passes it to `update_mean` with a weight.
+Roundings:
 
-- an update once, to the dtype in which it leaves;
-- the iterate by `optax.apply_updates`, to the parameter's dtype;
-- the mean on storage; it moves in at least float32.
+- an update is rounded once, to the dtype in which the transformation returns it;
+- `optax.apply_updates` rounds the iterate to the parameter's dtype;
+- the mean is computed in at least float32 and rounded when it is stored.
 
-A compiler would skip some of these roundings, and the average be that of iterates
-nobody applied: `_numerics` has what keeps them.
+A compiler would skip some of these roundings, and the average would be that of iterates
+that nobody applied. The functions of `numerics` prevent that.
 
-What is done to a leaf is a `jax.jit` of its own: leaves of one shape then share a
-trace, which is a third of the time that many leaves took to compile, and run as one
-program each where nothing else is jitted.
+The work on one leaf is a `jax.jit` of its own. Leaves of one shape then share a trace,
+which saves a third of the compile time of many leaves, and each leaf runs as one
+program if the step is not jitted.
 """
 
 from functools import partial
@@ -36,53 +36,48 @@ from asgd_optax._core.numerics import (
 
 
 class CompensatedMean(NamedTuple):
-    """A mean kept as a compensated sum (Kahan 1965); the state where `compensated`.
+    """A mean with its rounding error (Kahan 1965), the state if `compensated=True`.
 
-    At weight 1/n the increments of a plain float32 mean of numbers near 1 fall
-    below half a unit in its last place after some millions of iterates, and
-    what falls below is lost. Here it is carried to the next step.
+    After some millions of iterates, the increments of a uniform float32 mean of numbers
+    near 1 are smaller than half a unit in the last place, and a plain mean loses them.
+    A compensated mean carries them to the next step.
 
     Attributes:
-      value: the mean, rounded: parameters' shapes, accumulator's dtype.
-      residual: what `value` has not taken in yet, at most about half a unit in
-        its last place: parameters' shapes, accumulator's dtype.
+      value: the rounded mean. Shapes of the parameters, dtype of the accumulator.
+      residual: the part that `value` has not absorbed yet, at most about half a unit in
+        its last place. Shapes and dtypes of `value`.
     """
 
     value: optax.Params
     residual: optax.Params
 
 
-# A tree shaped as the parameters, or two.
+# A tree shaped like the parameters, or two of them.
 Mean: TypeAlias = optax.Params | CompensatedMean
 
 
 def init_mean(
     params: optax.Params, accumulator_dtype: DTypeLike | None, compensated: bool
 ) -> Mean:
-    """The mean before any iterate: a real copy of `params`, sharded as they are."""
+    """Return the mean before any iterate: a copy of `params`, sharded as they are."""
     value = jax.tree.map(lambda p: _copied(jnp.asarray(p), accumulator_dtype), params)
     return CompensatedMean(value, zeros_as(value)) if compensated else value
 
 
 def round_updates(updates: optax.Updates) -> optax.Updates:
-    """`updates` as they are, rounded to their dtypes inside a fusion too.
-
-    Args:
-      updates: pytree of floating or complex arrays.
-    """
+    """Return the same updates, rounded to their dtypes even inside a fusion."""
     return jax.tree.map(lambda u: _round(jnp.asarray(u)), updates)
 
 
 def update_mean(mean: Mean, iterates: optax.Params, weight: jax.Array) -> Mean:
-    """`mean + weight * (iterate - mean)`; at weight 1 the iterate, bit for bit.
+    """Return `mean + weight * (iterates - mean)`; at weight 1 exactly `iterates`.
 
-    A mean that lies in host memory is brought to the device, a leaf at a time, and
-    put back.
+    A mean in host memory is copied to the device one leaf at a time, and back.
 
     Args:
-      mean: what `init_mean` or an earlier call returned.
-      iterates: the new iterates, a pytree of arrays shaped as the mean's.
-      weight: scalar in [0, 1], floating.
+      mean: the result of `init_mean` or of the last call.
+      iterates: a pytree of arrays shaped like the mean.
+      weight: a floating scalar in [0, 1].
 
     Returns:
       The new mean, in the structure of `iterates` and the dtypes of `mean`.
@@ -95,8 +90,8 @@ def update_mean(mean: Mean, iterates: optax.Params, weight: jax.Array) -> Mean:
     for iterate, *old in zip(leaves, *map(jax.tree.leaves, trees), strict=True):
         in_host_memory = all(map(_in_host_memory, old))
         if in_host_memory:
-            # Not before the leaf ahead is done with: a compiler left to itself may
-            # fetch all of them.
+            # Wait for the previous leaf, or XLA may copy all leaves to the device at
+            # once.
             old, _ = jax.lax.optimization_barrier((old, new[-1:]))
             old = jax.device_put(old, jax.memory.Space.Device)
         result = kernel(weight, iterate, *old)
@@ -111,27 +106,20 @@ def update_mean(mean: Mean, iterates: optax.Params, weight: jax.Array) -> Mean:
 
 
 def mean_value(mean: Mean) -> optax.Params:
-    """The mean as a tree shaped as the parameters."""
+    """Return the mean as a tree shaped like the parameters."""
     return mean.value if isinstance(mean, CompensatedMean) else mean
 
 
-def mean_trees(name: str, mean: Mean) -> dict[str, optax.Params]:
-    """The trees that make a mean, by their names where the mean has this one."""
-    if not isinstance(mean, CompensatedMean):
-        return {name: mean}
-    return {f"{name}.{field}": tree for field, tree in mean._asdict().items()}
-
-
 def in_device_memory(x: jax.Array) -> jax.Array:
-    """`x`, brought to its device where it lies in host memory."""
+    """Copy `x` to the device if it is in host memory."""
     if not _in_host_memory(x):
         return x
     return jax.device_put(x, jax.memory.Space.Device)
 
 
 def _in_host_memory(x: Any) -> bool:
-    """Whether `x` is kept in host memory, beside a device that has its own."""
-    # Older jax tells no memory spaces apart.
+    """Return whether `x` is in the host memory of an accelerator."""
+    # Older jax does not distinguish memory spaces.
     return hasattr(jax, "memory") and jax.typeof(x).memory_space == (
         jax.memory.Space.Host
     )
@@ -139,7 +127,7 @@ def _in_host_memory(x: Any) -> bool:
 
 @partial(jax.jit, static_argnums=1)
 def _copied(p: jax.Array, accumulator_dtype: DTypeLike | None) -> jax.Array:
-    # The explicit dtype drops weak types, which no later step would keep.
+    # The explicit dtype drops weak types, which later steps would not keep.
     return jnp.array(p, dtype=_mean_dtype(p, accumulator_dtype), copy=True)
 
 
@@ -166,14 +154,14 @@ def _compensated(
 ) -> tuple[jax.Array, jax.Array]:
     def f(x: jax.Array, v: jax.Array, r: jax.Array) -> tuple[jax.Array, jax.Array]:
         w = weight.astype(x.dtype)
-        # Where the weight is 1 the recursion starts anew from the iterate. Its
-        # inputs are selected, not its outputs: on outputs XLA spends another pass.
+        # At weight 1 the recursion restarts from the iterate. Select its inputs, not
+        # its outputs: for outputs XLA makes another pass over memory.
         restart = w == 1
         increment = w * ((x - v) - r) + r
         increment = jax.lax.select(restart, jnp.full_like(x, -0.0), increment)
         total = rounded(jax.lax.select(restart, x, v) + increment, stored_dtype)
-        # Selected once more, in words that XLA does not take for the same: on the CPU
-        # it would keep an array of what two results share.
+        # Select again, with a condition that XLA does not recognize as the same: on
+        # the CPU it would store an array that two results share.
         start = jax.lax.select((w >= 1) & (w <= 1), x, v)
         return total, (start - total) + increment
 
@@ -187,11 +175,11 @@ def _compensated(
 
 
 def _mean_dtype(param: Any, accumulator_dtype: DTypeLike | None) -> Any:
-    """The mean's dtype: the parameter's precision, float32 at least, or as told."""
+    """Return the dtype in which to keep the mean of a parameter."""
     if accumulator_dtype is None:
         return wide_dtype(param)
     precision = jnp.finfo(accumulator_dtype).dtype
     if not jnp.issubdtype(jnp.result_type(param), jnp.complexfloating):
         return precision
-    # There is no complex type of half precision.
+    # There is no half-precision complex type.
     return jnp.promote_types(precision, jnp.complex64)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rounding, widening and counting, where a compiler or a dtype would spoil them.
+"""Rounding and counting that no compiler optimizes away.
 
-A compiler may skip a rounding inside a fusion: XLA keeps a narrow intermediate in
-float32 (excess precision), LLVM contracts a product and a sum into a fused
-multiply-add. `rounded` and `uncontracted` write theirs in operations that neither
-removes. Counts are compared in integers: above 2**24 float32 holds no odd number.
+Inside a fusion XLA may keep a narrow intermediate in float32 (excess precision), and
+LLVM may contract a product and a sum into a fused multiply-add. `rounded` and
+`uncontracted` use operations that neither removes. Steps are compared as integers,
+because float32 cannot represent odd numbers above 2**24.
 """
 
 from collections.abc import Callable
@@ -20,21 +20,21 @@ from asgd_optax._core import checks
 
 LAST_STEP = np.iinfo(np.int32).max
 
-# jax before 0.8 has it among what is experimental.
+# Before jax 0.8, `enable_x64` is experimental.
 _home: Any = jax if hasattr(jax, "enable_x64") else jax.experimental
 enable_x64: Callable[[bool], AbstractContextManager[None]] = _home.enable_x64
 
 
 def wide_dtype(*arrays: ArrayLike) -> Any:
-    """The dtype in which to compute with `arrays`: theirs, float32 at least."""
+    """Return the dtype in which to compute with `arrays`, at least float32."""
     return jnp.result_type(*(jnp.result_type(a) for a in arrays), jnp.float32)
 
 
 def map_real_and_imaginary(f: Callable[..., Any], *arrays: jax.Array) -> Any:
-    """`f` of real arrays, applied to complex ones part by part.
+    """Apply `f` to real arrays, or to the two parts of complex arrays separately.
 
-    So torch does it (`view_as_real`), and so a NaN or an overflow in one part
-    stays out of the other, which a complex product would spread it to.
+    PyTorch does the same (`view_as_real`). A NaN or an overflow in one part then does
+    not spread to the other, as it would in a complex product.
     """
     if not any(jnp.iscomplexobj(a) for a in arrays):
         return f(*arrays)
@@ -44,11 +44,11 @@ def map_real_and_imaginary(f: Callable[..., Any], *arrays: jax.Array) -> Any:
 
 
 def rounded(x: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """`x`, in its own dtype, rounded to the precision of a narrower or equal one.
+    """Round `x` to the precision of a narrower dtype, but keep its own dtype.
 
     Args:
-      x: array of any floating or complex dtype.
-      dtype: floating or complex dtype of the precision wanted.
+      x: a floating or complex array.
+      dtype: a floating or complex dtype, no wider than that of `x`.
     """
     narrow, wide = jnp.finfo(dtype), jnp.finfo(x.dtype)
     if narrow.dtype == wide.dtype:
@@ -58,69 +58,69 @@ def rounded(x: jax.Array, dtype: DTypeLike) -> jax.Array:
         result = jax.lax.reduce_precision(x, narrow.nexp, narrow.nmant)
         if narrow.nexp == wide.nexp:
             return result
-        # `reduce_precision` flushes what is subnormal in the narrow dtype. In the
-        # binade of `shift`, `x`'s own dtype has just its spacing. Adding a constant and
-        # taking it off again XLA leaves out, where it sees the one beside the other.
+        # `reduce_precision` flushes numbers that are subnormal in the narrow dtype. In
+        # the binade of `shift`, the dtype of `x` has the spacing of those numbers. XLA
+        # folds `(x + c) - c` when it sees both operations, so hide one.
         shift = 1.5 * 2.0 ** (narrow.minexp - narrow.nmant + wide.nmant)
         subnormal = uncontracted(x + shift) - shift
         tiny = jnp.abs(x) < 2.0**narrow.minexp
-        # A zero is left to `reduce_precision`, which keeps its sign.
+        # `reduce_precision` keeps the sign of a zero.
         return jnp.where(tiny & (subnormal != 0), subnormal, result)
 
     return map_real_and_imaginary(f, x)
 
 
 def widened(x: jax.Array, wide: DTypeLike) -> jax.Array:
-    """`x` in a dtype as wide or wider, with the rounding to its own."""
+    """Convert `x` to a wider dtype, after rounding it to its own."""
     return rounded(x.astype(wide), x.dtype)
 
 
 def rounded_update(u: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """`u` in a narrower or equal dtype, where it is not to be rounded once more."""
+    """Convert `u` to a narrower or equal dtype with one rounding."""
     if u.dtype == dtype == wide_dtype(u):
         return map_real_and_imaginary(uncontracted, u)
     return rounded(u.astype(wide_dtype(u)), dtype).astype(dtype)
 
 
 def uncontracted(x: jax.Array) -> jax.Array:
-    """`x`, which a compiler does not join with what is added to it."""
-    # The sum sees a choice, not the operation that made `x`. Twice a NaN is that NaN,
-    # so the choice is none, which a compiler does not see.
+    """Return `x` in a form that no compiler contracts with a later addition."""
+    # Always equals x (x + x is NaN when x is). The compiler cannot prove that, so it
+    # cannot fuse the multiply that made x with a later add.
     return jax.lax.select(x == x, x, x + x)
 
 
 def zeros_as(tree: Any) -> Any:
-    """Zeros in the shapes, dtypes and shardings of a tree of arrays."""
+    """Return zeros with the shapes, dtypes and shardings of a tree of arrays."""
     return jax.tree.map(_zeros_as, tree)
 
 
 @jax.jit
 def _zeros_as(v: jax.Array) -> jax.Array:
-    # They depend on the array and so take its sharding; under jit those of
-    # `zeros_like` depend on nothing and are replicated. No constant is part of it:
-    # with explicit axes jax 0.12 gives a choice between two a type without sharding.
+    # These zeros depend on the array, so they take its sharding; under jit,
+    # `zeros_like` depends on nothing and is replicated. Use no constants: with explicit
+    # axes jax 0.12 gives a choice between two constants a type without a sharding.
     return ((v == v) & (v != v)).astype(v.dtype)
 
 
 def default_float(value: ArrayLike) -> jax.Array:
-    """A hyperparameter in JAX's default float dtype.
+    """Convert a hyperparameter to JAX's default float dtype.
 
-    `optax.inject_hyperparams` makes it complex where the parameters are.
+    `optax.inject_hyperparams` makes it complex if the parameters are.
     """
     return jnp.real(jnp.asarray(value)).astype(jnp.result_type(float))
 
 
 def split_count(count: ArrayLike) -> tuple[Any, Any]:
-    """A number of updates as its whole part, int32, and its fraction, floating.
+    """Split a number of updates into its whole part (int32) and its fraction.
 
-    Steps are to be compared with the whole part, in integers. Numbers past the last
-    step, `inf` too, become it: no step comes after it.
+    Compare steps with the whole part, as integers. Numbers above the last step, also
+    `inf`, become the last step.
     """
     xp: Any = np
     value: Any = count
     if checks.is_traced(value):
         xp, value = jnp, jnp.real(value)
-        # A float16 holds no number near the last step.
+        # The range of float16 ends before the last step.
         whole = jnp.issubdtype(value.dtype, jnp.integer)
         value = value.astype(jnp.result_type(int if whole else float))
     else:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The average of any pytree, outside of a chain."""
+"""The running average of a stream of pytrees."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,28 +11,22 @@ from jax.typing import DTypeLike
 
 from asgd_optax._core import averaging, checks, weightings
 from asgd_optax._core.averaging import CompensatedMean, Mean
+from asgd_optax._core.trees import check_agree, leaf_dtype
+from asgd_optax._statistics.statistic import Statistic
 
 
 class RunningAverageState(NamedTuple):
     """State of a `running_average`.
 
     Attributes:
-      step: number of trees averaged. Shape (), int32; stays at 2**31 - 1.
-      average: as `AverageIteratesState.average`. Leaves that are not floating or
-        complex are those of the latest tree; in the residual of a `CompensatedMean`
-        they are `None`.
+      step: number of averaged trees. Shape (), int32; stays at 2**31 - 1.
+      average: the average, as `AverageIteratesState.average`. Leaves that are not
+        floating or complex are those of the latest tree (in the residual of a
+        `CompensatedMean`: `None`).
     """
 
     step: jax.Array
     average: Mean
-
-
-class RunningAverage(NamedTuple):
-    """Three pure functions: see `running_average`."""
-
-    init: Callable[[Any], RunningAverageState]
-    update: Callable[[RunningAverageState, Any], RunningAverageState]
-    value: Callable[[RunningAverageState], Any]
 
 
 def running_average(
@@ -40,32 +34,32 @@ def running_average(
     *,
     accumulator_dtype: DTypeLike | None = None,
     compensated: bool = False,
-) -> RunningAverage:
-    """The average that `average_iterates` keeps, of any pytree: statistics, metrics.
+) -> Statistic:
+    """Average any pytrees, such as metrics or model statistics.
 
-    Leaves that are not floating or complex (counters, integers, booleans, random keys)
-    are not averaged: they are those of the latest tree. So a whole `nnx.state(model)`,
-    or all variables of a Linen module, can be given as it is. A metric that is counted
-    in integers has to be made a float to be averaged.
+    It keeps the same average as `average_iterates`, but outside an optimizer.
+
+    Leaves that are not floating or complex (counters, booleans, PRNG keys) are not
+    averaged: they are those of the latest tree. You can therefore pass a whole
+    `nnx.state(model)`, or all variables of a Linen module. Convert an integer metric to
+    float to average it.
 
     Args:
-      weighting: the weight of the n-th tree; `uniform_weighting` by default. It is
-        called with n of shape (), int32, int64 under x64.
+      weighting: the weight of the n-th tree, by default `uniform_weighting`. It is
+        called with n of shape (), int32 (int64 under x64).
       accumulator_dtype: precision of the average, as for `asgd`.
       compensated: whether to keep the average as a `CompensatedMean`.
 
     Returns:
-      `init(tree)` makes the state from a tree of the shapes and dtypes to come; its
-      numbers are not averaged. `update(state, tree)` takes one more tree in.
-      `value(state)` is the average, in the structure of `tree` and the dtypes of
-      the state; before the first update the tree that `init` was given. It may be the
-      state's own buffers, as `averaged_params`'s.
+      A `Statistic`. Its `value(state)` is the average, in the structure of the tree and
+      the dtypes of the state; before the first update it is the tree given to `init`.
+      It may share buffers with the state, as the result of `averaged_params` does.
 
     Raises:
-      TypeError: a weighting that is no function; a leaf that is no array or number;
-        from `update`, one that is not averaged and changes its dtype.
-      ValueError: an `accumulator_dtype` that is not floating; from `update`, a tree
-        whose structure or shapes are not the state's.
+      TypeError: If `weighting` is not callable or a leaf is not an array or number;
+        from `update`, if a leaf that is not averaged changes its dtype.
+      ValueError: If `accumulator_dtype` is not floating; from `update`, if the
+        structure or a shape of the tree differs from the state's.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -81,43 +75,55 @@ def running_average(
     checks.check_accumulator_dtype(accumulator_dtype)
 
     def init(tree: Any) -> RunningAverageState:
-        checks.check_fits("tree", tree, {}, averaged_only=False)
+        checks.check_params(tree, "tree", kind=jnp.generic)
         mean = averaging.init_mean(_averaged(tree), accumulator_dtype, compensated)
         return RunningAverageState(jnp.zeros([], jnp.int32), _filled(mean, tree))
 
     def update(state: RunningAverageState, tree: Any) -> RunningAverageState:
         checks.check_state(state, RunningAverageState)
+        checks.check_params(tree, "tree", kind=jnp.generic)
+        tree = jax.tree.map(jnp.asarray, tree)
         kept = averaging.mean_value(state.average)
-        checks.check_fits("tree", tree, {}, averaged_only=False)
-        checks.check_fits("state.average", kept, {"tree": tree}, averaged_only=False)
+        check_agree(
+            "tree",
+            tree,
+            "state.average",
+            kept,
+            same_dtype=_can_update,
+            dtype_error=TypeError,
+        )
         step = optax.safe_increment(jnp.asarray(state.step))
         n = step.astype(jnp.result_type(int))
         weight = jnp.asarray(weighting_(n), dtype=jnp.result_type(float))
-        new = jax.tree.map(jnp.asarray, _averaged(tree))
         mean: Mean = _averaged(state.average)
         if isinstance(state.average, CompensatedMean):
             mean = CompensatedMean(*map(_averaged, state.average))
-        mean = averaging.update_mean(mean, new, weight)
+        mean = averaging.update_mean(mean, _averaged(tree), weight)
         return RunningAverageState(step, _filled(mean, tree))
 
     def value(state: RunningAverageState) -> Any:
-        checks.check_state(state, RunningAverageState)
         return averaging.mean_value(state.average)
 
-    return RunningAverage(init, update, value)
+    return Statistic(init, update, value)
+
+
+def _can_update(dtype: Any, kept: Any) -> bool:
+    if jnp.issubdtype(dtype, jnp.inexact) and jnp.issubdtype(kept, jnp.inexact):
+        return checks.same_kind(dtype, kept)
+    return bool(dtype == kept)
 
 
 def _is_averaged(leaf: Any) -> bool:
-    return jnp.issubdtype(checks.array_dtype(leaf), jnp.inexact)
+    return jnp.issubdtype(leaf_dtype(leaf), jnp.inexact)
 
 
 def _averaged(tree: Any) -> list[Any]:
-    """The leaves that are averaged."""
+    """Return the leaves that are averaged."""
     return [leaf for leaf in jax.tree.leaves(tree) if _is_averaged(leaf)]
 
 
 def _filled(mean: Mean, tree: Any) -> Mean:
-    """A mean of averaged leaves as a tree, or two, with the other leaves of `tree`."""
+    """Combine a mean of the averaged leaves with the other leaves of `tree`."""
     leaves, treedef = jax.tree.flatten(tree)
 
     def fill(averaged: list[jax.Array], other: Callable[[Any], Any]) -> Any:
@@ -134,5 +140,5 @@ def _filled(mean: Mean, tree: Any) -> Mean:
 
 
 def _copied(leaf: Any) -> jax.Array:
-    """A real copy, not weakly typed, so that state and tree can be donated together."""
+    """Copy without a weak type, so that the state and the tree can both be donated."""
     return jnp.array(leaf, dtype=jnp.result_type(leaf))

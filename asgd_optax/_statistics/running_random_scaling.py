@@ -1,70 +1,89 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Error bars for the mean of any stream, outside of a chain."""
+"""Random scaling: the mean of a stream and the statistics for confidence intervals."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.typing import ArrayLike
 
-from asgd_optax._core import checks
-from asgd_optax._core.numerics import wide_dtype
-from asgd_optax._statistics import random_scaling
-from asgd_optax._statistics.random_scaling import ConfidenceInterval, RandomScalingState
+from asgd_optax._core import averaging, checks
+from asgd_optax._core.averaging import CompensatedMean
+from asgd_optax._core.numerics import split_count, zeros_as
+from asgd_optax._core.trees import check_agree
+from asgd_optax._statistics.statistic import Statistic
 
 
-class _Interval(Protocol):
-    def __call__(
-        self, state: RandomScalingState, level: float = 0.95
-    ) -> ConfidenceInterval: ...
+class RandomScalingState(NamedTuple):
+    """State of a `running_random_scaling`.
+
+    The arrays have the shapes and dtypes of the trees, float32 for 16-bit floats.
+
+    Attributes:
+      step: number of finished updates. Shape (), int32; stays at 2**31 - 1.
+      averaged: number n of averaged trees: those of `step` after `start`.
+        Shape (), int32.
+      average: the mean of the trees, a `CompensatedMean`.
+      center: the mean of the averages of the first 1, …, n trees with weights
+        1, …, n^2, a `CompensatedMean`.
+      spread: their variance about `center` with the same weights.
+    """
+
+    step: jax.Array
+    averaged: jax.Array
+    average: CompensatedMean
+    center: CompensatedMean
+    spread: optax.Params
 
 
-class RunningRandomScaling(NamedTuple):
-    """Four pure functions: see `running_random_scaling`."""
+def running_random_scaling(*, start: ArrayLike = 0) -> Statistic:
+    r"""Accumulate the statistics for confidence intervals of a mean (random scaling).
 
-    init: Callable[[Any], RandomScalingState]
-    update: Callable[[RandomScalingState, Any], RandomScalingState]
-    value: Callable[[RandomScalingState], Any]
-    interval: _Interval
+    Of the averages :math:`\bar p_s` of the first s trees after `start` it keeps the
+    last, :math:`\bar p_n`, and the statistics for the diagonal of the random scaling
+    matrix (Lee, Liao, Seo & Shin 2022)
 
+    .. math::
 
-def running_random_scaling(*, start: ArrayLike = 0) -> RunningRandomScaling:
-    r"""The intervals that `track_random_scaling` keeps, for any stream of numbers.
+        V_n = n^{-2} \sum_{s=1}^n s^2 (\bar p_s - \bar p_n)^2
 
-    For what follows from the parameters and is no parameter: a contrast or a
-    prediction (feed :math:`R p`: the intervals are those of the diagonal of
-    :math:`R V R^\top`, V the full random scaling matrix of p), parameters
-    extrapolated from two runs (feed :math:`2 p_c - p_{2c}`). Fed a run's iterates it
-    gives `track_random_scaling`'s numbers, bit for bit.
+    in one pass: a weighted Welford recursion with compensated means and weights that
+    are divided by their sum, which stays accurate in float32 for millions of updates.
+    Read the intervals with `asgd_optax.confidence_interval`.
 
-    The stream has to average like the iterates of SGD: the guide to confidence
-    intervals has what that takes.
+    Use `track_iterates(running_random_scaling(start=k))` for the parameters of an
+    optimizer. The learning rate must then decay as t^-a with a in (1/2, 1), over one
+    pass of independent observations. `averaged_params` finds the mean unless the
+    optimizer keeps another average.
+
+    Use it on a stream of your own for functions of the parameters: a contrast or a
+    prediction (feed :math:`R p`; the intervals use the diagonal of
+    :math:`R V R^\top`, with V the full matrix for p), or parameters extrapolated from
+    two runs (feed :math:`2 p_c - p_{2c}`). The stream must average like the iterates of
+    SGD: the guide to confidence intervals says what that takes.
 
     Args:
-      start: so many trees are not averaged: a whole number, or `inf` for none of
-        them ever; may be traced.
+      start: number of trees to skip before averaging: a whole number, or `inf` to skip
+        all; may be traced.
 
     Returns:
-      `init(tree)` makes a `RandomScalingState` from a tree of the shapes and dtypes to
-      come; its numbers are not taken in. `update(state, tree)` takes one more tree
-      in. `value(state)` is the mean, float32 for 16-bit floats; until the first
-      averaged tree the latest, or the one `init` was given. It may be the state's
-      own buffers, as `averaged_params`'s. `interval(state, level=0.95)` is
-      what `confidence_interval` makes of the state.
+      A `Statistic` of trees of real floating arrays. Its `value(state)` is the mean,
+      float32 for 16-bit floats; until the first averaged tree it is the latest tree, or
+      the one given to `init`. It may share buffers with the state, as the result of
+      `averaged_params` does.
 
     Raises:
-      TypeError: a `start` that is no number; a leaf that is not real floating, or of
-        fewer than 16 bits; a state that is no `RandomScalingState`; from `interval`, a
-        level that is no number.
-      ValueError: a concrete `start` that is negative, NaN or not whole; from
-        `update`, a tree whose structure, shapes or dtypes are not the state's (16-bit
-        floats are float32 there); from `interval`, a level outside of (0, 1), or
-        traced.
+      TypeError: If `start` is not a number, a leaf is not a real floating array of 16
+        bits or more, or the state is not a `RandomScalingState`.
+      ValueError: If a concrete `start` is negative, NaN or not whole; from `update`, if
+        the structure, a shape or a dtype of the tree differs from the state's (16-bit
+        floats are float32 there).
 
     Examples:
       >>> import jax, jax.numpy as jnp
-      >>> from asgd_optax import running_random_scaling
+      >>> from asgd_optax import confidence_interval, running_random_scaling
       >>> contrast = running_random_scaling(start=100)
       >>> def step(carry, observation):
       ...     t, means, state = carry
@@ -74,7 +93,7 @@ def running_random_scaling(*, start: ArrayLike = 0) -> RunningRandomScaling:
       >>> stream = jnp.array([3.0, 5.0]) + noise
       >>> start = jnp.ones(()), jnp.zeros(2), contrast.init(jnp.zeros(()))
       >>> (_, _, state), _ = jax.lax.scan(step, start, stream)
-      >>> lower, upper = contrast.interval(state)
+      >>> lower, upper = confidence_interval(state)
       >>> bool(lower < 2.0 < upper), bool(upper - lower < 0.3)
       (True, True)
 
@@ -86,37 +105,57 @@ def running_random_scaling(*, start: ArrayLike = 0) -> RunningRandomScaling:
     checks.check_count("start", start, at_least=0)
 
     def init(tree: Any) -> RandomScalingState:
-        return random_scaling.init_scaling("tree", tree)
+        checks.check_params(tree, "tree", kind=jnp.floating)
+        average = averaging.init_mean(tree, None, compensated=True)
+        center = averaging.init_mean(tree, None, compensated=True)
+        spread = zeros_as(average.value)
+        step, averaged = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
+        return RandomScalingState(step, averaged, average, center, spread)
 
     def update(state: RandomScalingState, tree: Any) -> RandomScalingState:
         checks.check_state(state, RandomScalingState)
-        kept = random_scaling.checked_trees(state)
-        name, average = next(iter(kept.items()))
-        checks.check_fits(name, average, {"tree": tree, **kept})
-        _check_precision(name, average, tree)
+        checks.check_params(tree, "tree", kind=jnp.floating)
         tree = jax.tree.map(jnp.asarray, tree)
-        return random_scaling.update_scaling(state, tree, start)
+        kept = state.average.value
+        check_agree("tree", tree, "state.average", kept, same_dtype=_is_kept_as)
+
+        step = optax.safe_increment(jnp.asarray(state.step))
+        # A traced start is not checked: if it is negative, all trees are averaged.
+        averaged = jnp.clip(step - split_count(start)[0], 0, step)
+        n = jnp.maximum(averaged, 1).astype(jnp.result_type(float))
+        average = averaging.update_mean(state.average, tree, 1 / n)
+        # n^2 / (1 + 4 + … + n^2). At n = 1 it is 1, and the recursion restarts.
+        weight = 6 / ((1 + 1 / n) * (2 * n + 1))
+
+        # XLA makes one kernel of results that depend on each other, but two kernels and
+        # a temporary of results that share an input. So compute the means from their
+        # residuals and the squares from the new centers, as Welford does.
+        means = jax.tree.map(_after, average.residual, average.value)
+        center = averaging.update_mean(state.center, means, weight)
+        squares = jax.tree.map(partial(_square, weight), means, *state.center, *center)
+        spread = averaging.update_mean(state.spread, squares, weight)
+        return RandomScalingState(step, averaged, average, center, spread)
 
     def value(state: RandomScalingState) -> Any:
-        checks.check_kind(state, RandomScalingState)
         return state.average.value
 
-    def interval(state: RandomScalingState, level: float = 0.95) -> ConfidenceInterval:
-        checks.check_kind(state, RandomScalingState)
-        return random_scaling.intervals(state, level)
-
-    return RunningRandomScaling(init, update, value, interval)
+    return Statistic(init, update, value)
 
 
-def _check_precision(name: str, kept: Any, tree: Any) -> None:
-    """Raises where a leaf is kept in another precision than `init` was told of."""
+def _is_kept_as(dtype: Any, kept: Any) -> bool:
+    return bool(jnp.promote_types(dtype, jnp.float32) == kept)
 
-    def check(path: Any, old: Any, new: Any) -> None:
-        # A Python number has no precision of its own: it takes the other's.
-        if hasattr(new, "dtype") and wide_dtype(new) != old.dtype:
-            key = jax.tree_util.keystr(path)
-            raise ValueError(
-                f"tree{key} is {jnp.result_type(new)}, {name}{key} {old.dtype}"
-            )
 
-    jax.tree_util.tree_map_with_path(check, kept, tree)
+@jax.jit
+def _after(residual: jax.Array, value: jax.Array) -> jax.Array:
+    """Return `value`, in a form that depends on `residual` (NaN only if that is)."""
+    return jnp.where(residual == residual, value, jnp.nan)
+
+
+@jax.jit
+def _square(
+    weight: jax.Array, mean: Any, old: Any, rest: Any, new: Any, new_rest: Any
+) -> jax.Array:
+    """Return Welford's (mean - old center) (mean - new center)."""
+    square = ((mean - old) - rest) * ((mean - new) - new_rest)
+    return jnp.where(weight == 1, 0, square)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Averaged stochastic gradient descent, `torch.optim.ASGD` step for step."""
+"""Averaged stochastic gradient descent, with the numbers of `torch.optim.ASGD`."""
 
 from typing import Any, NamedTuple
 
@@ -20,18 +20,18 @@ from asgd_optax._core.numerics import (
 
 
 class ASGDState(NamedTuple):
-    """State of `asgd`; at constant hyperparameters torch's after as many steps.
+    """State of `asgd`. With constant hyperparameters it equals PyTorch's.
 
-    `eta` and `mu` are read-outs, what the next update will use unless its
-    hyperparameters change: the update itself computes from `step` alone.
+    `eta` and `mu` are for reading only: the values that the next update uses unless the
+    hyperparameters change. The update computes its own from `step`.
 
     Attributes:
       step: number of finished updates. Shape (), int32; stays at 2**31 - 1.
       eta: step size at `step`. Shape (), JAX's default float dtype.
-      mu: weight of the next iterate in the average. Shape (), as `eta`.
-      ax: the average. Parameters' shapes; their dtypes, float32 for 16-bit
-        floats, or the `accumulator_dtype`. A `CompensatedMean` of two such trees
-        where `compensated`.
+      mu: weight of the next iterate in the average. Shape and dtype of `eta`.
+      ax: the average. Shapes of the parameters; their dtypes (float32 for 16-bit
+        floats) or the `accumulator_dtype`. With `compensated=True`, a `CompensatedMean`
+        of two such trees.
     """
 
     step: jax.Array
@@ -50,10 +50,10 @@ def asgd(
     accumulator_dtype: DTypeLike | None = None,
     compensated: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Averaged stochastic gradient descent (Polyak & Juditsky 1992).
+    r"""Averaged stochastic gradient descent (ASGD), as `torch.optim.ASGD`.
 
-    Bottou's form of it, as `torch.optim.ASGD` has it. With :math:`t` updates
-    done, one more takes the parameters :math:`p` and the gradient :math:`g` to
+    Polyak & Juditsky's averaging in Bottou's form. After :math:`t` updates, the next
+    one maps the parameters :math:`p` and the gradient :math:`g` to
 
     .. math::
 
@@ -63,47 +63,45 @@ def asgd(
         \bar p' &= p' \text{ if } \mu = 1 \text{ else } \bar p + \mu\,(p' - \bar p)
 
     With integer `t0`, after :math:`n > t_0 + 1` updates the average is the mean of
-    :math:`p_{t_0+2}, \dots, p_n`: torch's own off-by-one, kept. The iterate is the
-    one that `optax.apply_updates` makes, its rounding included, so the
-    transformation must be the last of its chain to change the updates. Read the
-    average with `asgd_optax.averaged_params`.
+    :math:`p_{t_0+2}, \dots, p_n` (the off-by-one is PyTorch's). The averaged iterates
+    are those of `optax.apply_updates`, rounding included, so no later transformation of
+    the chain may change the updates. Read the average with
+    `asgd_optax.averaged_params`.
 
     Args:
-      learning_rate: lr, the step size at :math:`t = 0`, or a schedule of it: a
-        function of :math:`t`. Per gradient unit.
+      learning_rate: lr, the step size at :math:`t = 0`, or an optax schedule: a
+        function of :math:`t`.
       lambd: :math:`\lambda`, decay of the parameters and of the step size.
       alpha: :math:`\alpha`, power of the step size's decay.
-      t0: number of updates after which averaging begins, in updates; `inf` for
-        never. Need not be whole.
+      t0: number of updates after which averaging begins; `inf` for never. Need not be
+        whole.
       weight_decay: wd, L2 penalty added to the gradient.
-      accumulator_dtype: precision of the average, such as "float32"; complex
-        leaves take the complex type of it (complex64 at least). By default the
-        parameter's own, float32 for 16-bit floats. (A string passes through
-        `optax.inject_hyperparams`, which takes a type for a schedule.)
-      compensated: whether to keep the average as a `CompensatedMean`, which stays
-        exact over millions of updates, for one more array of the parameters' size.
-        Where a state is handed on it is the state's kind that counts.
+      accumulator_dtype: precision of the average, such as "float32"; complex leaves
+        take the corresponding complex type (at least complex64). By default the
+        parameter's own, float32 for 16-bit floats. (`optax.inject_hyperparams` takes a
+        type for a schedule, so pass a string there.)
+      compensated: whether to keep the average as a `CompensatedMean`, which stays exact
+        over millions of updates, at the cost of one more array of the parameters' size.
+        It acts in `init`; later updates follow the kind of their state.
 
     Every numeric hyperparameter is a scalar and may be traced: `jax.vmap` and
     `jax.grad` work over all of them.
 
     Returns:
-      A transformation whose `init(params)` copies the parameters into an
-      `ASGDState` and whose `update(gradients, state, params, **ignored)` returns
-      the step from :math:`p` to :math:`p'`, in the gradients' shapes and dtypes,
-      and the new state. It computes in float32 at least.
+      A transformation whose `init(params)` copies the parameters into an `ASGDState`
+      and whose `update(gradients, state, params, **ignored)` returns the step from
+      :math:`p` to :math:`p'`, in the gradients' shapes and dtypes, and the new state.
+      It computes in at least float32.
 
     Raises:
-      TypeError: a hyperparameter that is no number; from `init` and `update`, a
-        leaf of the parameters that is not floating or complex; from `update`, a
-        gradient that is sparse, not floating, or complex where its parameter is
-        real or the other way round; a floating type of fewer than 16 bits; a state
-        of another kind. Leaves are named by their path.
-      ValueError: a concrete hyperparameter that is negative, NaN or, `t0` apart,
-        infinite, or not a scalar; a `t0` that arrives as an array of a floating type
-        narrower than 32 bits; an `accumulator_dtype` that is not floating;
-        from `update`, missing params and a gradient or a state whose structure
-        or shape is not its parameter's.
+      TypeError: If a hyperparameter is not a number, a leaf is not floating or complex
+        or has fewer than 16 bits, a gradient is sparse, only one of a gradient and its
+        parameter is complex, or the state is not an `ASGDState`. Leaves are named by
+        their path.
+      ValueError: If a concrete hyperparameter is negative, NaN or (except `t0`)
+        infinite, or is not a scalar; if `t0` is an array of a floating type narrower
+        than 32 bits; if `accumulator_dtype` is not floating; from `update`, if params
+        are missing, or a structure or shape differs from the parameters'.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -135,8 +133,8 @@ def asgd(
     checks.check_accumulator_dtype(accumulator_dtype)
 
     def eta_and_mu(step: jax.Array) -> tuple[jax.Array, jax.Array]:
-        rate = learning_rate(step) if callable(learning_rate) else learning_rate
-        return step_size(step, rate, lambd, alpha), weight_at(step, t0)
+        lr = learning_rate(step) if callable(learning_rate) else learning_rate
+        return step_size(step, lr, lambd, alpha), weight_at(step, t0)
 
     def init_fn(params: optax.Params) -> ASGDState:
         checks.check_params(params)
@@ -168,7 +166,7 @@ def check_step_rule(
     alpha: ArrayLike,
     weight_decay: ArrayLike,
 ) -> None:
-    """Raises unless these are numbers that serve, or the rate a schedule."""
+    """Raise unless the hyperparameters of the step rule are valid."""
     for name, value in (
         ("lambd", lambd),
         ("alpha", alpha),
@@ -187,21 +185,21 @@ def asgd_update(
     mu: jax.Array,
     decay: jax.Array,
 ) -> tuple[optax.Updates, Mean]:
-    """p' = p - eta (g + decay p), and the average with p' at weight mu.
+    """Compute the steps to p' = p - eta (g + decay p), and average p' with weight mu.
 
     Args:
       updates: the gradients g.
-      params: p.
+      params: the parameters p.
       ax: the average so far.
-      eta: the step size. Shape (), floating, as the next two.
-      mu: the weight of p' in the average.
-      decay: lambd + weight_decay: with it (1 - lambd eta) p - eta (g + wd p) - p is
-        written without its cancellation.
+      eta: the step size, a floating scalar.
+      mu: the weight of p' in the average, a floating scalar.
+      decay: lambd + weight_decay, a floating scalar. One sum avoids the cancellation in
+        (1 - lambd eta) p - eta (g + wd p) - p.
 
     Returns:
       The steps p' - p, in the dtypes of `updates`, and the new average.
     """
-    checks.check_update(updates, params, averaging.mean_trees("state.ax", ax))
+    checks.check_update(updates, params, {"state.ax": averaging.mean_value(ax)})
 
     minus_eta = -eta
 
@@ -217,7 +215,7 @@ def asgd_update(
 def _step(
     minus_eta: jax.Array, decay: jax.Array, g: jax.Array, p: jax.Array
 ) -> jax.Array:
-    """-eta (g + decay p), in the dtype of g."""
+    """Return -eta (g + decay p) in the dtype of g."""
 
     def f(g: jax.Array, p: jax.Array) -> jax.Array:
         return minus_eta.astype(g.dtype) * (g + decay.astype(g.dtype) * p)
@@ -228,15 +226,15 @@ def _step(
 
 
 def step_size(
-    step: jax.Array, rate: ArrayLike, lambd: ArrayLike, alpha: ArrayLike
+    step: jax.Array, lr: ArrayLike, lambd: ArrayLike, alpha: ArrayLike
 ) -> jax.Array:
-    """lr / (1 + lambd lr t)^alpha."""
-    rate, lambd, alpha = default_float(rate), default_float(lambd), default_float(alpha)
-    return rate / (1 + lambd * rate * step.astype(rate.dtype)) ** alpha
+    """Return lr / (1 + lambd lr t)^alpha."""
+    lr, lambd, alpha = default_float(lr), default_float(lambd), default_float(alpha)
+    return lr / (1 + lambd * lr * step.astype(lr.dtype)) ** alpha
 
 
 def weight_at(step: jax.Array, t0: ArrayLike) -> jax.Array:
-    """1 / max(1, t - t0)."""
+    """Return 1 / max(1, t - t0)."""
     whole, fraction = split_count(t0)
     since = (step - whole).astype(fraction.dtype) - fraction
     return jnp.reciprocal(jnp.maximum(1, since))

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Averaging behind any optimizer."""
+"""The average of the parameters of any optimizer (EMA, Polyak averaging, SWA)."""
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
@@ -19,12 +18,11 @@ class AverageIteratesState(NamedTuple):
 
     Attributes:
       step: number of finished updates. Shape (), int32; stays at 2**31 - 1.
-      averaged: number n of iterates in the average, 0 until the first. Counted, so it
-        stays right where `start` or `every` is changed in mid-run. Shape (), int32;
-        stays at 2**31 - 1.
-      average: the average, in the shapes of the parameters and the dtypes that
-        `ASGDState.ax` has; a `CompensatedMean` of two such trees where
-        `compensated`.
+      averaged: number n of iterates in the average. It is counted, so it stays right
+        if `start` or `every` changes during the run. Shape (), int32; stays at
+        2**31 - 1.
+      average: the average, with the shapes and dtypes of `ASGDState.ax`. With
+        `compensated=True`, a `CompensatedMean` of two such trees.
     """
 
     step: jax.Array
@@ -41,49 +39,48 @@ def average_iterates(
     accumulator_dtype: DTypeLike | None = None,
     compensated: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Polyak-Ruppert averaging of the iterates of any optimizer.
+    r"""Average the parameters of any optimizer (EMA, Polyak averaging, SWA).
 
     Put it last in a chain. It passes the updates through and keeps
 
     .. math:: \bar p \leftarrow \bar p + w(n)\,(p - \bar p)
 
-    over the iterates p(start + every), p(start + 2 every), … that
-    `optax.apply_updates` makes of the updates, n = 1, 2, … counting those averaged.
-    Until the first of them the average follows the iterate. Read it with
-    `asgd_optax.averaged_params`.
+    over the parameters p(start + every), p(start + 2 every), … that
+    `optax.apply_updates` produces, where n = 1, 2, … counts them. Until the first of
+    them the average equals the parameters after the latest update (before the first
+    update, those given to `init`). Read it with `asgd_optax.averaged_params`.
 
-    A transformation that comes after it and changes the updates leads to other
-    iterates than those averaged.
+    If a later transformation changes the updates, the average no longer matches your
+    parameters.
 
     Args:
-      weighting: the weight w of the n-th averaged iterate; `uniform_weighting` by
-        default. It is called with n of shape (), int32, int64 under x64.
-      start: averages iterates after the first `start` updates: a whole number, or
-        `inf` for never; may be traced. Updates are those of this state: an average
-        that joins a run later counts from there.
-      every: averages every so many-th of them: a whole number of at least 1; may be
-        traced. The steps between do not touch the average, where the whole step is
+      weighting: the weight w(n) of the n-th averaged iterate, by default
+        `uniform_weighting`. It is called with n of shape (), int32 (int64 under x64).
+      start: number of updates before averaging: a whole number, or `inf` for never; may
+        be traced. It counts the updates of this state, so an average that is added
+        during a run counts from there.
+      every: average every `every`-th iterate: a whole number of at least 1; may be
+        traced. The steps in between do not touch the average if the whole step is
         jitted and the state donated.
-      include_start: whether the parameters after `start` updates, the initial ones
-        where `start` is 0, are the first averaged iterate: n = 1, taken whole
-        whatever w(1) is. From then on the average is held between the iterates that
-        it takes, where otherwise it follows the iterate until the first.
+      include_start: whether the parameters after `start` updates (the initial ones if
+        `start` is 0) are the first averaged iterate, n = 1. They initialise the average
+        whatever w(1) is, and the average then changes only at averaged iterates.
       accumulator_dtype: precision of the average, as for `asgd`.
       compensated: whether to keep the average as a `CompensatedMean`.
 
     Returns:
       A transformation whose `init(params)` copies the parameters into an
       `AverageIteratesState` and whose `update(updates, state, params, **ignored)`
-      returns the updates as they are and the new state.
+      returns the updates unchanged and the new state.
 
     Raises:
-      TypeError: a weighting that is no function, or whose result is no number; a
-        `start` or an `every` that is no number, an `include_start` that is no bool;
-        leaves that `asgd` refuses too.
-      ValueError: a concrete `start` that is negative, NaN or not whole; a concrete
-        `every` that is less than 1 or not whole; one of the two that arrives as an
-        array of a floating type narrower than 32 bits; missing params; a structure or
-        a shape that differs from the parameters'.
+      TypeError: If `weighting` is not callable or does not return a scalar, if `start`
+        or `every` is not a number, or if `include_start` is not a bool; also for the
+        leaves that `asgd` does not accept.
+      ValueError: If a concrete `start` is negative, NaN or not whole, if a concrete
+        `every` is less than 1 or not whole, or if one of them is an array of a floating
+        type narrower than 32 bits; if params are missing, or a structure or shape
+        differs from the parameters'.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -104,8 +101,7 @@ def average_iterates(
     weighting_ = weightings.checked_weighting(weighting)
     checks.check_count("start", start, at_least=0)
     checks.check_count("every", every, at_least=1)
-    if not isinstance(include_start, bool | np.bool_):
-        raise TypeError(f"include_start must be True or False; got {include_start!r}")
+    checks.check_flag("include_start", include_start)
     checks.check_accumulator_dtype(accumulator_dtype)
 
     def init_fn(params: optax.Params) -> AverageIteratesState:
@@ -124,14 +120,14 @@ def average_iterates(
     ) -> tuple[optax.Updates, AverageIteratesState]:
         del extra_args
         checks.check_state(state, AverageIteratesState)
-        kept = averaging.mean_trees("state.average", state.average)
-        checks.check_update(updates, params, kept)
+        kept = averaging.mean_value(state.average)
+        checks.check_update(updates, params, {"state.average": kept})
         step, averaged = jnp.asarray(state.step), jnp.asarray(state.averaged)
         step = optax.safe_increment(step)
         since = step - split_count(start)[0]
         period = split_count(every)[0]
         begun = averaged > 0
-        # Taken whole: as if it were followed, but it counts.
+        # This iterate initialises the average and is counted.
         first = include_start & (since == 0) & ~begun
         due = (since >= period) & (since % period == 0)
         averaged = jnp.where(due | first, optax.safe_increment(averaged), averaged)
@@ -140,19 +136,18 @@ def average_iterates(
 
         n = jnp.maximum(averaged, 1).astype(jnp.result_type(int))
         weight = jnp.asarray(weighting_(n), dtype=jnp.result_type(float))
-        # Until the first averaged iterate the average follows the iterate.
+        # Before the first averaged iterate, copy each one. Then hold between them.
         weight = jnp.where(due, weight, jnp.where(begun, 0, 1))
         operands = state.average, iterates, weight
         if not checks.is_traced(every) and checks.concrete(every) == 1:
             new = averaging.update_mean(*operands)
             return updates, AverageIteratesState(step, averaged, new)
-        # The iterate comes from outside of the branch, and the branch that keeps the
-        # average stands before the one that writes it: so neither of them is copied,
-        # and the steps between cost no more than no averaging. A number chooses, for of
-        # a condition XLA on GPUs puts the branch for true first, and jax 0.10's then
-        # copies the average twice. (A 2 is taken for a 1.) Nothing of this update is in
-        # the branches themselves, or JAX would compile them anew at each one that is
-        # not jitted.
+        # The iterate is computed outside the branches, and the branch that keeps the
+        # average comes first: XLA then copies neither, and skipped steps cost nothing.
+        # Use `switch`, not `cond`: on GPU, XLA puts cond's true branch first, and jax
+        # 0.10 then copies the average twice. (`switch` clamps index 2 to 1.) The
+        # branches are the same functions in every update, or JAX would recompile them
+        # in every un-jitted one.
         index = due.astype(jnp.int32) + ~begun
         new = jax.lax.switch(index, [_kept, averaging.update_mean], *operands)
         return updates, AverageIteratesState(step, averaged, new)

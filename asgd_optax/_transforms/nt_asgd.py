@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Averaging that starts by itself: non-monotonically triggered ASGD."""
+"""NT-ASGD: averaging that starts when the validation loss stalls."""
 
 from typing import Any, NamedTuple
 
@@ -24,14 +24,14 @@ class NTASGDState(NamedTuple):
 
     Attributes:
       step: number of finished updates. Shape (), int32; stays at 2**31 - 1.
-      triggered: whether averaging has been started. Shape (), bool.
-      since: number of finished updates since it was, that one included; 0 before.
-        Shape (), int32; stays at 2**31 - 1.
-      recent: the last `nonmono` validation losses, the latest last; infinite where
-        there were fewer. Shape (nonmono,), JAX's default float dtype.
-      lowest: the lowest of the losses before those; infinite where there were none.
-        Shape (), as `recent`.
-      ax: the average, as `ASGDState.ax`: the current iterate until `triggered`.
+      triggered: whether averaging has started. Shape (), bool.
+      since: number of finished updates since the trigger, the triggering one included;
+        0 before. Shape (), int32; stays at 2**31 - 1.
+      recent: the last `nonmono` validation losses, the latest last, padded with
+        infinity. Shape (nonmono,), JAX's default float dtype.
+      lowest: the lowest of the earlier losses, infinity if there are none. Shape (),
+        dtype of `recent`.
+      ax: the average, as `ASGDState.ax`; until the trigger, the current iterate.
     """
 
     step: jax.Array
@@ -52,12 +52,12 @@ def nt_asgd(
     accumulator_dtype: DTypeLike | None = None,
     compensated: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Non-monotonically triggered ASGD (Merity, Keskar & Socher 2017).
+    r"""Non-monotonically triggered ASGD (NT-ASGD; Merity, Keskar & Socher 2017).
 
-    SGD with weight decay until the validation loss stops improving, and from then
-    on, in the same compiled program, what a fresh `asgd(t0=0)` does. With
-    :math:`t` updates done, :math:`k` of them since the trigger (0 until then), one
-    more takes the parameters :math:`p` and the gradient :math:`g` to
+    It runs SGD with weight decay until the validation loss stops improving, then a
+    fresh `asgd(t0=0)`, in one compiled program. After :math:`t` updates, :math:`k` of
+    them since the trigger (0 before it), the next one maps the parameters :math:`p` and
+    the gradient :math:`g` to
 
     .. math::
 
@@ -65,23 +65,23 @@ def nt_asgd(
         p' &= (1 - \lambda\eta)\,p - \eta\,(g + \mathrm{wd}\,p)
 
     with :math:`\lambda = 0` before the trigger. Until :math:`k = 2` the average is
-    :math:`p'`; from there on it is the mean of the iterates, that of torch's
-    ``ASGD(t0=0)``, without the first after the trigger.
+    :math:`p'`; then it is the mean of the iterates without the first after the trigger,
+    as with ``torch.optim.ASGD(t0=0)``.
 
-    Give a validation loss just measured to the next update, `validation_loss=v`. It
-    triggers at once where v is above the lowest of all losses but the last
-    `nonmono`: the rule of the AWD-LSTM code, which differs from the paper's text.
-    It triggers once; losses after that change nothing.
+    Pass each measured validation loss to the next update as `validation_loss=v`. It
+    triggers averaging if v is above the lowest of all losses but the last `nonmono`.
+    This is the rule of the AWD-LSTM code, which differs from the text of the paper.
+    Averaging is triggered once; later losses change nothing.
 
     Args:
-      learning_rate: lr, a number or a schedule: a function of :math:`t`, which
-        counts all updates. Per gradient unit.
-      nonmono: how many of the latest losses the new one is not compared with, a
-        whole number of at least 1. It sets the size of the state and so is no
-        traced value (under a jitted `init` of `optax.inject_hyperparams` name it in
-        `static_args`); where a state is handed on it is the state's that counts.
-      lambd: :math:`\lambda`, decay of the parameters and of the step size once
-        triggered.
+      learning_rate: lr, a number or an optax schedule: a function of :math:`t`, which
+        counts all updates.
+      nonmono: number of latest losses that a new one is not compared with, a whole
+        number of at least 1. It sets the size of the state, so it cannot be traced
+        (name it in `static_args` of `optax.inject_hyperparams`). It acts in `init`;
+        later updates follow their state.
+      lambd: :math:`\lambda`, decay of the parameters and of the step size after the
+        trigger.
       alpha: :math:`\alpha`, power of the step size's decay.
       weight_decay: wd, L2 penalty added to the gradient.
       accumulator_dtype: precision of the average, as for `asgd`.
@@ -90,23 +90,21 @@ def nt_asgd(
     The other numeric hyperparameters are scalars and may be traced.
 
     Returns:
-      A transformation whose `init(params)` copies the parameters into an
-      `NTASGDState` and whose `update(gradients, state, params, *,
-      validation_loss=None, **ignored)` returns the step from :math:`p` to
-      :math:`p'`, in the gradients' shapes and dtypes, and the new state.
-      `validation_loss` is a real scalar, compared in JAX's default float dtype;
-      `None` and NaN mean that none was measured. (An array that is NaN at most
-      steps keeps one compilation for all.) Where devices train together it must be
-      the same on each. It counts only if the update does: inside `optax.MultiSteps`
-      give it with every minibatch of an update, which takes it once; an update that
-      `optax.apply_if_finite` drops takes it along.
-      `optax.tree_utils.tree_get(state, "triggered")` tells whether averaging has
-      started.
+      A transformation whose `init(params)` copies the parameters into an `NTASGDState`
+      and whose `update(gradients, state, params, *, validation_loss=None, **ignored)`
+      returns the step from :math:`p` to :math:`p'`, in the gradients' shapes and
+      dtypes, and the new state. `validation_loss` is a real scalar, compared in JAX's
+      default float dtype; `None` and NaN mean that no loss was measured. (An array that
+      is NaN in most steps avoids a second compilation.) It must be the same on all
+      devices. It counts only if the update does: inside `optax.MultiSteps` pass it with
+      every minibatch of an update, which uses it once; if `optax.apply_if_finite` drops
+      an update, its loss is dropped too. `optax.tree_utils.tree_get(state,
+      "triggered")` says whether averaging has started.
 
     Raises:
-      TypeError: as `asgd`; a `validation_loss` that is no real number.
-      ValueError: as `asgd`; a `nonmono` that is less than 1, not whole or traced; a
-        `validation_loss` that is not a scalar.
+      TypeError: As for `asgd`, or if `validation_loss` is not a real number.
+      ValueError: As for `asgd`; if `nonmono` is less than 1, not whole or traced; if
+        `validation_loss` is not a scalar.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -127,7 +125,7 @@ def nt_asgd(
 
     References:
       Merity, Keskar & Socher, `Regularizing and optimizing LSTM language models
-      <https://arxiv.org/abs/1708.02182>`_, ICLR 2018; the rule is that of `its code
+      <https://arxiv.org/abs/1708.02182>`_, ICLR 2018, with the rule of `its code
       <https://github.com/salesforce/awd-lstm-lm/blob/master/main.py>`_.
     """
     check_step_rule(learning_rate, lambd, alpha, weight_decay)
@@ -138,16 +136,17 @@ def nt_asgd(
         checks.check_params(params)
         if checks.is_traced(nonmono):
             raise ValueError(
-                "nonmono sets the size of the state and cannot be traced: under"
-                ' optax.inject_hyperparams name it, as in static_args="nonmono"'
+                "nonmono sets the size of the state, so it cannot be traced: pass"
+                ' static_args="nonmono" to optax.inject_hyperparams'
             )
-        none = jnp.full(int(checks.concrete(nonmono)), jnp.inf, jnp.result_type(float))
+        size = int(checks.concrete(nonmono))
+        no_losses = jnp.full(size, jnp.inf, jnp.result_type(float))
         return NTASGDState(
             step=jnp.zeros([], jnp.int32),
             triggered=jnp.zeros([], bool),
             since=jnp.zeros([], jnp.int32),
-            recent=none,
-            lowest=none[0],
+            recent=no_losses,
+            lowest=no_losses[0],
             ax=averaging.init_mean(params, accumulator_dtype, compensated),
         )
 
@@ -168,9 +167,10 @@ def nt_asgd(
             jnp.asarray(state.recent),
             jnp.asarray(state.lowest),
         )
-        rate = learning_rate(step) if callable(learning_rate) else learning_rate
-        # `since` is 0 before the trigger: the rate undecayed, the weight 1.
-        eta = step_size(since, rate, lambd, alpha)
+        lr = learning_rate(step) if callable(learning_rate) else learning_rate
+        # Before the trigger `since` is 0: the learning rate does not decay, and the
+        # weight is 1.
+        eta = step_size(since, lr, lambd, alpha)
         decay = default_float(weight_decay)
         decay = decay + jnp.where(triggered, default_float(lambd), 0)
         mu = weight_at(since, 0)
@@ -193,11 +193,11 @@ def _after_loss(
     recent: jax.Array,
     lowest: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`triggered`, `recent` and `lowest` after a validation loss, or none.
+    """Return `triggered`, `recent` and `lowest` after one more validation loss.
 
-    With the earlier losses h: `if len(h) > nonmono and v > min(h[:-nonmono])`, and
-    then `h.append(v)`. `lowest` is that minimum, infinite of no losses, which no
-    loss is above: there is no need to count them.
+    AWD-LSTM's rule for a loss v after the losses h is
+    `len(h) > nonmono and v > min(h[:-nonmono])`. `lowest` is that minimum. It is
+    infinite while there are too few losses, so they need not be counted.
     """
     if loss is None:
         return triggered, recent, lowest
@@ -206,7 +206,7 @@ def _after_loss(
         raise TypeError(f"validation_loss must be real; got {loss!r}")
     loss = jnp.asarray(loss, dtype=recent.dtype)
     triggered = triggered | (loss > lowest)
-    measured = loss == loss  # NaN is none
+    measured = loss == loss  # False for NaN
     lowest = jnp.where(measured, jnp.minimum(lowest, recent[0]), lowest)
     recent = jnp.where(measured, jnp.append(recent[1:], loss), recent)
     return triggered, recent, lowest
