@@ -157,7 +157,7 @@ def _average_in(where: Any, state: Any) -> _Average:
     tree = mean_value(getattr(state, _MEAN_FIELDS[type(state)]))
     pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_end)
     leaves = {_unboxed(path): leaf for path, leaf in pairs if not _is_end(leaf)}
-    ends = {_unboxed(path) for path, leaf in pairs if _is_end(leaf)}
+    ends = {path for path, leaf in pairs if _is_end(leaf)}
     return _Average(where, isinstance(state, RandomScalingState), tree, leaves, ends)
 
 
@@ -178,22 +178,26 @@ def _filled(tree: Any, other: Any) -> Any:
     """Replace the masked parts of `tree` by those of `other`."""
     if _is_masked(tree):
         return other
-    children, treedef = jax.tree.flatten(tree, is_leaf=lambda node: node is not tree)
-    others, other_treedef = jax.tree.flatten(
-        other, is_leaf=lambda node: node is not other
-    )
+    children, treedef = _children(tree)
+    others, other_treedef = _children(other)
     if jax.tree_util.treedef_is_leaf(treedef) or treedef != other_treedef:
         return tree
     return jax.tree.unflatten(treedef, map(_filled, children, others))
 
 
+def _children(node: Any) -> tuple[list[Any], Any]:
+    return jax.tree.flatten(node, is_leaf=lambda child: child is not node)
+
+
 def _misfit(average: _Average, expected: list[Any]) -> str:
     """Describe the leaves that an average lacks or should not have."""
+    ends = {_unboxed(path) for path in average.ends}
     missing = [
         path
         for path in expected
         if path not in average.leaves
-        and not any(path[:n] in average.ends for n in range(len(path) + 1))
+        and path not in ends
+        and not any(path[:n] in average.ends for n in range(len(path)))
     ]
     known = set(expected)
     unexpected = [path for path in average.leaves if path not in known]

@@ -45,9 +45,8 @@ def check_agree(
     Raises:
       ValueError: If a leaf is missing or unexpected, or a shape differs.
     """
-    leaves, treedef = jax.tree.flatten(tree)
-    others, other_treedef = jax.tree.flatten(other)
-    if treedef != other_treedef:
+    structure: Any = jax.tree.structure(tree)
+    if structure != jax.tree.structure(other):
         here, there = paths(tree), paths(other)
         difference = path_difference(
             name,
@@ -56,9 +55,10 @@ def check_agree(
         )
         raise ValueError(
             f"{name} and {other_name} differ in structure:"
-            f" {difference or f'{treedef} and {other_treedef}'}"
+            f" {difference or f'{structure} and {jax.tree.structure(other)}'}"
         )
-    for i, (leaf, expected) in enumerate(zip(leaves, others, strict=True)):
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True)
+    for i, (leaf, expected) in enumerate(pairs):
         dtype, expected_dtype = leaf_dtype(leaf), leaf_dtype(expected)
         if np.shape(leaf) != np.shape(expected):
             path = jax.tree_util.keystr(paths(tree)[i])
