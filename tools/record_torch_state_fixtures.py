@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records states of torch's optimizers into tests/fixtures/interop.json.
+"""Record states of torch's optimizers in tests/fixtures/torch_states.json.
 
-Run it with torch 2.13 on the CPU: `python -m tools.record_interop_fixtures`. Another
-run writes the same bytes. Only `train_torch` needs torch; the tests import the rest
-of this module, and `train_torch` too where torch is installed.
+Run `python -m tools.record_torch_state_fixtures` with torch 2.13 on the CPU. Every run
+writes the same bytes. The tests import this module; the functions that need torch
+import it themselves.
 """
 
 import contextlib
@@ -19,9 +19,9 @@ import numpy as np
 
 from tools.record_torch_fixtures import check_torch, draw_problem
 
-FIXTURES = pathlib.Path(__file__).parents[1] / "tests" / "fixtures" / "interop.json"
+FIXTURES = pathlib.Path(__file__).parents[1] / "tests/fixtures/torch_states.json"
 
-# Of a torch model: a convolution, two blocks of one shape, and a bias.
+# A torch model: a convolution, two blocks of the same shape, and a bias.
 SHAPES = {
     "conv.weight": (2, 1, 2, 3),
     "blocks.0.weight": (2, 3),
@@ -29,20 +29,20 @@ SHAPES = {
     "bias": (2,),
 }
 
-# Steps finished where the run moves out of torch, back into it, and ends.
+# Steps after which the run moves from torch to JAX, moves back, and ends.
 OUT, BACK, END = 15, 30, 40
 
 
 class Case(NamedTuple):
-    """A run of one of torch's optimizers.
+    """A run of a torch optimizer.
 
     Attributes:
-      arguments: those of the optimizer.
-      dtype: that of the parameters.
-      last_group: arguments of a group of its own for the last parameter, if any.
-      begins: steps that pass before a parameter gets its first gradient.
+      arguments: arguments of the optimizer.
+      dtype: dtype of the parameters.
+      last_group: arguments of a separate group for the last parameter, if any.
+      begins: number of steps before a parameter gets its first gradient, by name.
       gamma: factor of an `ExponentialLR`, if any.
-      optimizer: its name.
+      optimizer: name of the optimizer.
     """
 
     arguments: dict[str, Any]
@@ -70,19 +70,19 @@ CASES = {
     "Adam": Case({"lr": 0.1}, optimizer="Adam"),
 }
 
-# The fixtures are good for exactly this.
+# The fixtures are valid only for these values.
 RECIPE = repr((SHAPES, OUT, BACK, END, CASES))
 
 
 class Snapshot(NamedTuple):
-    """A run after some steps: weights by name, and the optimizer's state dict."""
+    """Weights by name and the optimizer's state dict after some steps."""
 
     weights: dict[str, Any]
     state_dict: dict[str, Any]
 
 
 def draw_run(case: Case) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Initial weights, and gradients whose leading axis is the step."""
+    """Draw initial weights, and gradients whose leading axis is the step."""
     dtype = "float32" if case.dtype == "bfloat16" else case.dtype
     weights, gradients = draw_problem(dtype, END, SHAPES)
     if case.dtype == "bfloat16":
@@ -102,10 +102,10 @@ def train_torch(
     last: int,
     state_dict: Mapping[str, Any] | None = None,
 ) -> Snapshot:
-    """A run of torch from step `first` to step `last`, saved and loaded at its end.
+    """Run torch from step `first` to step `last`, then save and load its state.
 
     Returns:
-      Weights as NumPy arrays, bfloat16 ones of ml_dtypes, and a state dict of tensors.
+      Weights as NumPy arrays (with ml_dtypes' bfloat16) and a state dict of tensors.
     """
     import torch
 
@@ -139,7 +139,7 @@ def train_torch(
 
 
 def tensor_of(array: np.ndarray) -> Any:
-    """A tensor that shares no memory with `array`."""
+    """Copy a NumPy array to a tensor."""
     import torch
 
     if array.dtype == ml_dtypes.bfloat16:
@@ -148,7 +148,7 @@ def tensor_of(array: np.ndarray) -> Any:
 
 
 def array_of(tensor: Any) -> np.ndarray:
-    """A NumPy array that shares no memory with `tensor`."""
+    """Copy a tensor to a NumPy array."""
     import torch
 
     if tensor.dtype == torch.bfloat16:
@@ -158,7 +158,7 @@ def array_of(tensor: Any) -> np.ndarray:
 
 @contextlib.contextmanager
 def default_dtype_for(dtype: str) -> Iterator[None]:
-    """Torch's default dtype is float64 within, if `dtype` is of double precision.
+    """Set torch's default dtype to float64 if `dtype` has double precision.
 
     ASGD keeps eta, mu and step in float32 unless the default dtype is float64.
     """
@@ -174,9 +174,9 @@ def default_dtype_for(dtype: str) -> Iterator[None]:
 
 
 def read_fixtures() -> tuple[str, dict[str, tuple[Snapshot, Snapshot]]]:
-    """The recipe and, by case, the snapshots after `OUT` and after `BACK` steps.
+    """Return the recipe and, by case, the snapshots after `OUT` and `BACK` steps.
 
-    The state dicts are as torch's, with NumPy arrays in the place of tensors.
+    The state dicts are torch's, with NumPy arrays instead of tensors.
     """
     cases = json.loads(FIXTURES.read_text())
     recipe = cases.pop("recipe")
@@ -184,7 +184,7 @@ def read_fixtures() -> tuple[str, dict[str, tuple[Snapshot, Snapshot]]]:
 
 
 def _packed(snapshot: Snapshot) -> dict[str, Any]:
-    """What JSON holds of a snapshot: decimal numbers that tell every bit."""
+    """Return a snapshot as JSON values; decimal numbers restore every bit."""
 
     def numbers(array: np.ndarray) -> dict[str, Any]:
         parts = (
@@ -207,6 +207,8 @@ def _packed(snapshot: Snapshot) -> dict[str, Any]:
 
 
 def _unpacked(packed: Mapping[str, Any]) -> Snapshot:
+    """Return the snapshot that `_packed` was given, with arrays for tensors."""
+
     def array(numbers: Mapping[str, Any]) -> np.ndarray:
         dtype = np.dtype(numbers["dtype"])
         part = np.finfo(dtype).dtype if dtype.kind == "c" else dtype
@@ -226,7 +228,7 @@ def _unpacked(packed: Mapping[str, Any]) -> Snapshot:
 
 
 def main() -> None:
-    """Records every case after `OUT` and after `BACK` steps, a line each."""
+    """Record every case after `OUT` and after `BACK` steps, one line per case."""
     check_torch()
     lines = {"recipe": json.dumps(RECIPE)}
     for name, case in CASES.items():
