@@ -31,7 +31,7 @@ the rounding errors of the kept averages grow. `posthoc_coefficients`, float64.
 
 {table}
 
-*Two widths* are power-function averages of widths 0.05 and 0.10. With a residual of 0.03
+*Two widths* are power-function averages of width 0.05 and 0.10. With a residual of 0.03
 the average is slightly different; with 0.4 it is not the one that was asked for. An
 amplification of 100 turns float32's 6e-8 into an error of 6e-6 of the weights.
 
