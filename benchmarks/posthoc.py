@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How near the averages kept in a run come to others, and what asking costs.
+"""How well the averages kept in a run approximate others, and what the fit costs.
 
     python -m benchmarks.posthoc
 
-What to keep: `posthoc_coefficients` tells beforehand, from the profiles alone.
+`posthoc_coefficients` needs the profiles alone, so it shows before a run what to keep.
 """
 
 import time
@@ -23,20 +23,20 @@ from benchmarks import harness
 STEPS = 8_000
 LONG = 10**9
 PAGE = """\
-# What kept averages tell of others
+# How well kept averages approximate others
 
 Averages kept up to step {steps:,}, and averages of step {steps:,} made of them: the
-relative distance of the profiles that is left, and in brackets the amplification, by
-which the rounding errors of those kept grow. `posthoc_coefficients`, float64.
+remaining relative distance of the profiles, and in brackets the amplification, by which
+the rounding errors of the kept averages grow. `posthoc_coefficients`, float64.
 
 {table}
 
-*Two widths* are power-function averages of 0.05 and 0.10. A residual of 0.03 is that of
-a slightly other average; one of 0.4 is not the average asked for. An amplification of
-100 makes of float32's 6e-8 an error of 6e-6 of the weights.
+*Two widths* are power-function averages of width 0.05 and 0.10. With a residual of 0.03
+the average is slightly different; with 0.4 it is not the one that was asked for. An
+amplification of 100 turns float32's 6e-8 into an error of 6e-6 of the weights.
 
-Asked for a width of 0.15 after {long:.0e} steps, of two widths kept at ten of them:
-{seconds:.1f} s, a residual of {residual:.3f} as after {steps:,} ({expected:.3f}).
+A width of 0.15 after {long:.0e} steps, from two widths kept ten times: {seconds:.1f} s,
+and a residual of {residual:.3f}, as after {steps:,} steps ({expected:.3f}).
 """
 
 
@@ -45,7 +45,7 @@ def width(relative: float) -> Any:
 
 
 def targets(step: int) -> dict[str, AverageProfile]:
-    """Averages that may be wanted after the run."""
+    """Return averages that may be wanted after the run."""
     return {
         "width 0.03": AverageProfile(step, width(0.03)),
         "width 0.07": AverageProfile(step, width(0.07)),
@@ -60,13 +60,13 @@ def targets(step: int) -> dict[str, AverageProfile]:
 
 
 def kept(rules: Sequence[Any], every: int, step: int) -> list[AverageProfile]:
-    """Snapshots at the multiples of `every` up to `step`."""
+    """Return snapshots at the multiples of `every` up to `step`."""
     moments = range(every, step + 1, every)
     return [AverageProfile(n, rule) for n in moments for rule in rules]
 
 
 def snapshots(step: int) -> dict[str, list[AverageProfile]]:
-    """What may be kept, by its name in the table."""
+    """Return choices of what to keep, by their names in the table."""
     two = (width(0.05), width(0.10))
     return {
         "uniform, every 1,000": kept([None], 1000, step),
@@ -79,14 +79,14 @@ def snapshots(step: int) -> dict[str, list[AverageProfile]]:
 
 
 def cell(fit: PosthocFit) -> str:
-    # What rounding leaves of a mixture that is exact is no residual.
+    # An exact mixture leaves rounding errors only.
     residual = "0" if fit.residual < 1e-9 else f"{fit.residual:.2g}"
     return f"{residual} ({fit.amplification:.3g})"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints the table and saves it."""
-    parser = harness.parser("How near kept averages come to others.")
+    """Print the table and save it."""
+    parser = harness.parser("How well kept averages approximate others.")
     options = parser.parse_args(argv)
     held = snapshots(STEPS)
     rows = [

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`posthoc_coefficients`: what averages weigh, known mixtures, blocks, errors."""
+"""`posthoc_coefficients`: profiles, known mixtures, long runs, errors."""
 
 import functools
 import itertools
@@ -13,7 +13,6 @@ import pytest
 
 from asgd_optax import (
     AverageProfile,
-    _posthoc_coefficients,
     asgd,
     average_iterates,
     averaged_params,
@@ -26,6 +25,7 @@ from asgd_optax import (
     power_weighting,
     uniform_weighting,
 )
+from asgd_optax._posthoc import posthoc_coefficients as module
 from tests.support import enable_x64
 
 STEPS = 12
@@ -43,7 +43,7 @@ WEIGHTINGS = {
     "plain": exponential_weighting(0.9, debias=False),
     "warm": WARM,
     "constant": lambda n: 0.25,
-    "whole numbers alone": lambda n: jnp.asarray([1.0, 0.0, 0.5])[n % 3],
+    "not smooth": lambda n: jnp.asarray([1.0, 0.0, 0.5])[n % 3],
 }
 
 
@@ -52,7 +52,7 @@ def width(w):
 
 
 def shares(profile):
-    """What a profile weighs each iterate: as snapshots the iterates themselves."""
+    """Return the profile, by snapshots that each hold one iterate."""
     kept = [AverageProfile(t, start=t) for t in range(profile.step + 1)]
     fit = posthoc_coefficients(kept, profile)
     assert fit.residual < 1e-13
@@ -60,7 +60,7 @@ def shares(profile):
 
 
 def averages(tx, to_updates, iterates, **extra):
-    """The average that a transformation keeps after 0, 1, … of its updates."""
+    """Return the averages that a transformation keeps after 0, 1, … updates."""
 
     def body(carry, row):
         params, state = carry
@@ -86,7 +86,7 @@ STARTS_AND_EVERIES = list(itertools.product([0, 1, 4, np.inf], [1, 2, 5]))
 
 @functools.cache
 def averages_of_unit_vectors():
-    """By weighting, the start included or not, and case: in one compilation for all."""
+    """Return them by weighting, `include_start` and case, compiled together."""
 
     @jax.jit
     def run(starts, everies):
@@ -108,8 +108,7 @@ def averages_of_unit_vectors():
 
 @pytest.mark.parametrize("include_start", [False, True])
 @pytest.mark.parametrize("name", WEIGHTINGS)
-def test_profiles_are_what_average_iterates_weighs(name, include_start):
-    """Weight for weight, by unit vectors through the transformation."""
+def test_profiles_equal_the_weights_of_average_iterates(name, include_start):
     weighting = WEIGHTINGS[name]
     found = averages_of_unit_vectors()[name][include_start]
     for (start, every), rows in zip(STARTS_AND_EVERIES, found, strict=True):
@@ -124,7 +123,7 @@ def test_profiles_are_what_average_iterates_weighs(name, include_start):
 
 
 @pytest.mark.parametrize("t0", [0, 3, 40])
-def test_profiles_of_asgd(t0):
+def test_profiles_equal_the_weights_of_asgd(t0):
     with enable_x64(True):
         tx = asgd(1.0, lambd=0.0, t0=t0)
         rows = averages(tx, lambda params, new: params - new, ITERATES)
@@ -133,8 +132,7 @@ def test_profiles_of_asgd(t0):
         np.testing.assert_allclose(shares(profile), rows[step, : step + 1], atol=1e-14)
 
 
-def test_profiles_of_nt_asgd():
-    """With the `since` of its state."""
+def test_profiles_equal_the_weights_of_nt_asgd():
     losses = jnp.where(jnp.arange(STEPS) == 4, 9.0, 1.0)
     since = [0] * 5 + list(range(1, STEPS - 3))  # the fifth update triggers
     with enable_x64(True):
@@ -147,8 +145,8 @@ def test_profiles_of_nt_asgd():
         np.testing.assert_allclose(shares(profile), rows[step, : step + 1], atol=1e-14)
 
 
-def test_widths_in_between():
-    """Karras et al. 2024, section 3: two widths, kept at some moments, make others."""
+def test_two_widths_make_a_width_in_between():
+    # Karras et al. 2024, section 3.
     kept = [
         AverageProfile(step, width(w))
         for step in range(1000, 8001, 1000)
@@ -163,7 +161,7 @@ def test_widths_in_between():
     assert fit.coefficients.sum() == pytest.approx(1, abs=1e-14)
 
 
-def test_uniform_averages_imitate_an_exponential_one_badly():
+def test_uniform_averages_approximate_an_ema_badly():
     kept = [AverageProfile(step) for step in range(1000, 10_001, 1000)]
     target = AverageProfile(10_000, exponential_weighting(0.998))
     fit = posthoc_coefficients(kept, target)
@@ -171,12 +169,11 @@ def test_uniform_averages_imitate_an_exponential_one_badly():
     assert fit.amplification == pytest.approx(16.3, abs=0.05)
 
 
-# Beyond a million steps by blocks; up to it by iterates.
 @pytest.mark.parametrize(
     ("start", "step"),
     [(4, 5), (4 * 10**3, 5 * 10**3), (4 * 10**5, 5 * 10**5), (2**30, 2**31 - 1)],
 )
-def test_windows_of_a_run_are_exact(start, step):
+def test_means_of_windows_are_exact(start, step):
     fit = posthoc_coefficients(
         [AverageProfile(start), AverageProfile(step)],
         AverageProfile(step, start=start),
@@ -187,19 +184,19 @@ def test_windows_of_a_run_are_exact(start, step):
 
 
 @pytest.mark.parametrize("unit", [1, 10**5, 2 * 10**8])
-def test_the_smallest_coefficients_where_snapshots_depend_on_each_other(unit):
+def test_coefficients_are_the_smallest_if_snapshots_are_dependent(unit):
     early, late = AverageProfile(4 * unit), AverageProfile(5 * unit)
     window = AverageProfile(5 * unit, start=4 * unit)
     twice = posthoc_coefficients([early, late, late], window)
     np.testing.assert_allclose(twice.coefficients, [-4, 2.5, 2.5], rtol=1e-10)
-    # All (-4, 5, 0) + s (4, -5, 1) are exact; of these s = 41 / 42 is the shortest.
+    # All (-4, 5, 0) + s (4, -5, 1) are exact; s = 41 / 42 gives the shortest.
     own = posthoc_coefficients([early, late, window], window)
     shortest = np.array([-4, 5, 0]) + 41 / 42 * np.array([4, -5, 1])
     np.testing.assert_allclose(own.coefficients, shortest, rtol=1e-10)
     assert own.residual < 1e-12
 
 
-def test_one_snapshot_is_taken_whole():
+def test_one_snapshot_has_coefficient_1():
     fit = posthoc_coefficients([AverageProfile(2)], AverageProfile(4))
     np.testing.assert_array_equal(fit.coefficients, [1])
     # (1/2, 1/2, 0, 0) against 1/4 four times.
@@ -207,8 +204,8 @@ def test_one_snapshot_is_taken_whole():
     assert fit.amplification == 1
 
 
-def test_weights_past_the_last_iterate_are_not_looked_at():
-    """Here they would be more than 1."""
+def test_weighting_is_not_evaluated_past_the_last_iterate():
+    # Its values there are more than 1.
     fit = posthoc_coefficients([AverageProfile(2)], AverageProfile(2, lambda n: n / 2))
     # (1/2, 1/2) against (0, 1).
     assert fit.residual == pytest.approx(np.sqrt(0.5))
@@ -237,8 +234,7 @@ def random_walk(steps):
         ),
     ],
 )
-def test_a_real_runs_averages_make_the_one_it_would_have_kept(kept, target):
-    """To rounding, in float64 and in float32."""
+def test_combined_averages_equal_the_average_of_the_run(kept, target):
     iterates = random_walk(target.step)
     fit = posthoc_coefficients(kept, target)
     assert fit.residual < 1e-12
@@ -255,13 +251,12 @@ def test_a_real_runs_averages_make_the_one_it_would_have_kept(kept, target):
             *trees, wanted = averages_of(iterates.astype(dtype))
             found = combine_averages(trees, fit.coefficients)
         assert found["w"].dtype == dtype
-        # Each average was rounded at each step of its own.
+        # Each average was rounded at every step.
         atol = 20 * fit.amplification * np.abs(iterates).max() * np.finfo(dtype).eps
         np.testing.assert_allclose(found["w"], wanted["w"], rtol=0, atol=atol)
 
 
-def test_the_residual_is_the_distance_that_is_left():
-    """Of unit vectors an average is its profile, and so is the mixture."""
+def test_residual_is_the_least_distance_of_a_mixture():
     iterates = np.eye(41)
     weightings = [width(0.05), width(0.1)]
     kept = [AverageProfile(t, w) for t in (20, 30, 40) for w in weightings]
@@ -277,14 +272,13 @@ def test_the_residual_is_the_distance_that_is_left():
     distance = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
     assert fit.residual == pytest.approx(distance, rel=1e-10)
     assert 0 < fit.residual < 0.1
-    # None is nearer: the coefficients may be moved against each other, to no avail.
+    # The gradient is constant, so no change that keeps the sum at 1 helps.
     basis = np.stack([rows[i][t] for t in (20, 30, 40) for i in (0, 1)], axis=1)
     gradient = basis.T @ (found - wanted)
     np.testing.assert_allclose(gradient, gradient.mean(), atol=1e-14)
 
 
-def blockwise_profiles(step):
-    """Many kinds of averages, all with the same `every`."""
+def kinds_of_snapshots(step):
     tenths = range(step // 10, step + 1, step // 10)
     ema = exponential_weighting(1 - 100 / step)
     return {
@@ -301,10 +295,9 @@ def blockwise_profiles(step):
 
 
 def assert_blocks_agree(kept, target, atol, monkeypatch):
-    """The residual, and the coefficients as a part of what they add up to."""
     exact = posthoc_coefficients(kept, target)
     with monkeypatch.context() as patch:
-        patch.setattr(_posthoc_coefficients, "_EXACT_STEPS", 0)
+        patch.setattr(module, "_EXACT_STEPS", 0)
         blocks = posthoc_coefficients(kept, target)
     assert blocks.residual == pytest.approx(exact.residual, abs=atol)
     atol *= exact.amplification
@@ -313,13 +306,12 @@ def assert_blocks_agree(kept, target, atol, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("kind", blockwise_profiles(1000))
-def test_blocks_give_what_single_iterates_give(kind, monkeypatch):
-    """With blocks eight times as long: the error grows with their square."""
+@pytest.mark.parametrize("kind", kinds_of_snapshots(1000))
+def test_blocks_agree_with_single_iterates(kind, monkeypatch):
+    # Blocks 8 times as long: the error grows with the square of their length.
+    monkeypatch.setattr(module, "_GRADING", 1 / 64)
     step = 30_000
-    kept = blockwise_profiles(step)[kind]
     warm = exponential_weighting(1 - 30 / step, warmup=lambda n: (1 + n) / (10 + n))
-    monkeypatch.setattr(_posthoc_coefficients, "_GRADING", 1 / 64)
     for target in [
         AverageProfile(step, width(0.15)),
         AverageProfile(step, exponential_weighting(1 - 100 / step)),
@@ -327,57 +319,63 @@ def test_blocks_give_what_single_iterates_give(kind, monkeypatch):
         AverageProfile(step, warm),
         AverageProfile(step, start=step - step // 7),
     ]:
+        kept = kinds_of_snapshots(step)[kind]
         assert_blocks_agree(kept, target, 64 * 2e-7, monkeypatch)
 
 
-def test_blocks_as_they_are(monkeypatch):
+def test_blocks_agree_with_single_iterates_to_2e_7(monkeypatch):
     step = 100_000
-    kept = blockwise_profiles(step)["two widths"][4:]
+    kept = kinds_of_snapshots(step)["two widths"][4:]
     for decay in (0.999, 0.9999):
         target = AverageProfile(step, exponential_weighting(decay))
         assert_blocks_agree(kept, target, 2e-7, monkeypatch)
 
 
-def test_blocks_tell_averages_apart_that_have_no_iterate_in_common(monkeypatch):
-    """And one that has not begun. A run as short has blocks of one iterate alone."""
+def test_blocks_separate_averages_without_a_common_iterate(monkeypatch):
+    # Blocks of so short a run hold one iterate each, so any weighting is exact.
     kept = [
         AverageProfile(900, start=1, every=3),
-        AverageProfile(901, WEIGHTINGS["whole numbers alone"], 2, 3),
-        AverageProfile(902, start=902, every=3),
+        AverageProfile(901, WEIGHTINGS["not smooth"], 2, 3),
+        AverageProfile(902, start=902, every=3),  # has not begun
     ]
     target = AverageProfile(903, exponential_weighting(0.99, debias=False), every=3)
-    exact = posthoc_coefficients(kept, target)
-    monkeypatch.setattr(_posthoc_coefficients, "_EXACT_STEPS", 0)
-    blocks = posthoc_coefficients(kept, target)
-    np.testing.assert_allclose(blocks.coefficients, exact.coefficients, rtol=1e-11)
-    assert blocks.residual == pytest.approx(exact.residual, rel=1e-11)
-    assert exact.residual > 1
+    assert_blocks_agree(kept, target, 1e-11, monkeypatch)
 
 
 def test_sums_over_blocks_are_exact_for_polynomials():
     lengths = np.array([*range(1, 300), 10**4, 10**4 + 1])
-    nodes, weights = posthoc_coefficients._sum_rule(lengths)
+    nodes, weights = module._sum_rule(lengths)
     assert np.all(weights >= 0)
     assert np.all((nodes >= 0) & (nodes < lengths[:, None]))
     for length, x, w in zip(lengths, nodes, weights, strict=True):
         assert len(set(x[w > 0])) == min(length, 6)
-        if length <= 6:
-            np.testing.assert_array_equal(w[:length], 1)
         for degree in range(6):
             found = np.sum(w * (x / length) ** degree)
             each = np.sum((np.arange(length) / length) ** degree)
             np.testing.assert_allclose(found, each, rtol=1e-12)
 
 
-def test_a_billion_steps():
-    """Two widths kept ten times: the fit is that of a run of any length."""
+def test_weightings_need_not_be_smooth_in_short_runs():
+    step, table = 20_000, np.array([0.002, 0.0, 0.001])
+    weights = table[np.arange(step + 1) % 3]
+    weights[0] = 1  # p(0) has what all others leave
+    later = np.cumprod(np.append(1, 1 - weights[:0:-1]))[::-1]
+    wanted = weights * later
+    uniform = np.append(0, np.full(step, 1 / step))
+    target = AverageProfile(step, lambda n: jnp.asarray(table)[n % 3])
+    fit = posthoc_coefficients([AverageProfile(step)], target)
+    expected = np.linalg.norm(uniform - wanted) / np.linalg.norm(wanted)
+    assert fit.residual == pytest.approx(expected, rel=1e-10)
+
+
+def test_runs_of_a_billion_steps():
     kept = [
         AverageProfile(10**8 * i, width(w)) for i in range(1, 11) for w in (0.05, 0.1)
     ]
     fit = posthoc_coefficients(kept, AverageProfile(10**9, width(0.15)))
     short = [p._replace(step=p.step // 10**4) for p in kept]
     same = posthoc_coefficients(short, AverageProfile(10**5, width(0.15)))
-    # The continuous problem's; a run of n steps differs from it as 1 / n.
+    # The fit converges as 1 / step.
     np.testing.assert_allclose(fit.coefficients, same.coefficients, atol=1e-4)
     assert fit.residual == pytest.approx(same.residual, abs=1e-5)
 
@@ -414,7 +412,7 @@ GOOD = AverageProfile(5)
          AverageProfile(3, lambda n: np.nan)),
     ],
 )  # fmt: skip
-def test_errors_name_the_field(error, message, profile):
+def test_error_names_the_profile_and_the_field(error, message, profile):
     message = re.escape(message)
     with pytest.raises(error, match=rf"^snapshots\[1\]\.{message}"):
         posthoc_coefficients([GOOD, profile], AverageProfile(9))
@@ -422,28 +420,36 @@ def test_errors_name_the_field(error, message, profile):
         posthoc_coefficients([AverageProfile(0)], profile)
 
 
-def test_errors():
+def test_arguments_must_be_profiles():
     with pytest.raises(ValueError, match="snapshots are missing"):
         posthoc_coefficients([], GOOD)
     with pytest.raises(TypeError, match=r"snapshots\[1\] must be an AverageProfile"):
         posthoc_coefficients([GOOD, 5], GOOD)
     with pytest.raises(TypeError, match="target must be an AverageProfile"):
         posthoc_coefficients([GOOD], (5,))
-    with pytest.raises(ValueError, match=r"snapshots\[1\]\.step is 6: .* step, 5"):
+
+
+def test_snapshots_must_not_be_later_than_the_target():
+    message = re.escape("snapshots[1].step must be at most target.step, 5; got 6")
+    with pytest.raises(ValueError, match=message):
         posthoc_coefficients([GOOD, AverageProfile(6)], GOOD)
-    late = AverageProfile(2 * 10**6, every=2)
-    with pytest.raises(
-        ValueError, match=r"snapshots\[1\]\.every is 1, .* 1000000 steps"
-    ):
-        posthoc_coefficients([late, GOOD], late)
-    # Up to that many they may differ.
-    posthoc_coefficients([late._replace(step=0)], AverageProfile(10**6, start=10**6))
-    with pytest.raises(ValueError, match=r"snapshots\[0\]\.start must be a concrete"):
+
+
+def test_every_may_differ_up_to_a_million_steps():
+    kept = [AverageProfile(999_999, every=2), AverageProfile(10**6, every=5)]
+    target = AverageProfile(10**6, start=10**6 - 10)
+    assert posthoc_coefficients(kept, target).residual > 0
+    message = re.escape("snapshots[1].every must be target.every, 2, in runs of more")
+    with pytest.raises(ValueError, match=message):
+        posthoc_coefficients(kept, AverageProfile(10**6 + 1, every=2))
+
+
+def test_fields_must_be_concrete():
+    with pytest.raises(ValueError, match=r"snapshots\[0\]\.start must be concrete"):
         jax.jit(lambda s: posthoc_coefficients([AverageProfile(5, start=s)], GOOD))(1)
 
 
-def test_numbers_of_any_kind():
-    """Fields as states have them."""
+def test_fields_may_be_arrays():
     plain = posthoc_coefficients([AverageProfile(4)], AverageProfile(6, start=2))
     kept = AverageProfile(jnp.asarray(4), uniform_weighting(), np.int64(0), 1.0)
     target = AverageProfile(np.float32(6), None, jnp.asarray(2.0), np.int32(1))
@@ -451,12 +457,12 @@ def test_numbers_of_any_kind():
     assert fit.residual == plain.residual
 
 
-def test_x64_is_left_as_it_was():
+def test_x64_setting_is_kept():
     posthoc_coefficients([GOOD], GOOD)
     assert jnp.asarray(1.0).dtype == jnp.result_type(float) == np.float32
 
 
-def test_inside_of_a_trace():
+def test_posthoc_coefficients_works_inside_a_trace():
     target = AverageProfile(5, width(0.1))
     kept = [AverageProfile(3, WARM), GOOD]
     plain = posthoc_coefficients(kept, target)
@@ -468,8 +474,7 @@ def test_inside_of_a_trace():
     np.testing.assert_allclose(traced(1.0), plain.coefficients, rtol=1e-6)
 
 
-def test_without_a_cpu_device(monkeypatch):
-    """`JAX_PLATFORMS` may leave none: then where everything is computed."""
+def test_default_device_is_used_without_a_cpu_device(monkeypatch):
     plain = posthoc_coefficients([GOOD], AverageProfile(9, WARM))
 
     def none(backend=None):
@@ -479,15 +484,7 @@ def test_without_a_cpu_device(monkeypatch):
     assert posthoc_coefficients([GOOD], AverageProfile(9, WARM)) == plain
 
 
-def test_with_one_cpu_device(monkeypatch):
-    """As it is outside of the tests, which have eight."""
-    first = jax.local_devices(backend="cpu")[:1]
-    monkeypatch.setattr(jax, "local_devices", lambda backend: first)
-    assert posthoc_coefficients([GOOD], AverageProfile(9)).residual > 0
-
-
-def test_states_give_their_profiles():
-    """`step`, `since` and what a state counts are taken as they are."""
+def test_steps_may_come_from_a_state():
     tx = asgd(1.0, lambd=0.0, t0=1)
     params = jnp.ones(())
     state = tx.init(params)
@@ -498,5 +495,5 @@ def test_states_give_their_profiles():
         AverageProfile(state.step - 1, start=2),
     ]
     fit = posthoc_coefficients(kept, AverageProfile(5, start=4))
-    # Of the means over iterates 3, 4, 5 and 3, 4 the last one.
+    # The means of 3 and of 2 iterates give that of the last one.
     np.testing.assert_allclose(fit.coefficients, [3, -2], rtol=1e-12)
