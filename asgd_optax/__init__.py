@@ -6,13 +6,21 @@ from asgd_optax._accessors.confidence_interval import (
     ConfidenceInterval as ConfidenceInterval,
     confidence_interval as confidence_interval,
 )
+from asgd_optax._accessors.replace_average import replace_average as replace_average
 from asgd_optax._core.averaging import CompensatedMean as CompensatedMean
 from asgd_optax._core.weightings import (
+    decay_from_half_life as decay_from_half_life,
     exponential_weighting as exponential_weighting,
     gamma_from_width as gamma_from_width,
     polynomial_weighting as polynomial_weighting,
     power_weighting as power_weighting,
     uniform_weighting as uniform_weighting,
+)
+from asgd_optax._loops import (
+    EndOnAverageState as EndOnAverageState,
+    WithOwnParamsState as WithOwnParamsState,
+    end_on_average as end_on_average,
+    with_own_params as with_own_params,
 )
 from asgd_optax._posthoc.combine_averages import combine_averages as combine_averages
 from asgd_optax._posthoc.posthoc_coefficients import (

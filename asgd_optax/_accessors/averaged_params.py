@@ -8,9 +8,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from asgd_optax._accessors.average_leaves import (
+    AverageLeaves,
+    check_leaf,
+    is_masked,
+    unboxed,
+)
 from asgd_optax._accessors.find_states import find_states
 from asgd_optax._core.averaging import mean_value
-from asgd_optax._core.trees import check_agree, listed, path_difference
+from asgd_optax._core.trees import listed, path_difference
 from asgd_optax._statistics.running_random_scaling import RandomScalingState
 from asgd_optax._transforms.asgd import ASGDState
 from asgd_optax._transforms.average_iterates import AverageIteratesState
@@ -23,9 +29,6 @@ _MEAN_FIELDS = {
     AverageIteratesState: "average",
     RandomScalingState: "average",
 }
-
-# The key of the array in a variable of Flax NNX.
-_BOXED = jax.tree_util.GetAttrKey("value")
 
 
 def averaged_params(
@@ -93,22 +96,26 @@ def averaged_params(
 
     if params is None:
         tree = functools.reduce(_filled, (a.tree for a in (*chosen, *fallbacks)))
-        pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, _is_masked)
+        pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_masked)
     else:
         pairs, treedef = jax.tree_util.tree_flatten_with_path(params)
-    expected = [_unboxed(path) for path, _ in pairs]
+    expected = [unboxed(path) for path, _ in pairs]
     for average in chosen:
-        if misfit := _misfit(average, expected):
-            raise ValueError(
-                f"the averages differ in structure: {misfit}. Pass `params`"
-                if params is None
-                else f"the average and the parameters differ in structure: {misfit}"
+        missing, unexpected = average.stored.misfit(expected)
+        if missing or unexpected:
+            difference = path_difference(
+                "the average", missing=missing, unexpected=unexpected
             )
-    fallbacks = [a for a in fallbacks if not _misfit(a, expected)]
+            raise ValueError(
+                f"the averages differ in structure: {difference}. Pass `params`"
+                if params is None
+                else f"the average and the parameters differ in structure: {difference}"
+            )
+    fallbacks = [a for a in fallbacks if not any(a.stored.misfit(expected))]
 
     def result_of(path: Any, param: Any) -> Any:
-        found = [a for a in chosen if path in a.leaves]
-        found = found or [a for a in fallbacks if path in a.leaves]
+        found = [a for a in chosen if path in a.stored.leaves]
+        found = found or [a for a in fallbacks if path in a.stored.leaves]
         if not found:
             if params is not None:
                 return param
@@ -122,8 +129,11 @@ def averaged_params(
                 f" them, for example averaged_params({places[-1]}, params);"
                 " optax.named_chain gives them names"
             )
-        average = found[0].leaves[path]
-        return average if params is None else _cast(average, param, path)
+        average = found[0].stored.leaves[path]
+        if params is None:
+            return average
+        check_leaf(average, "params", param, path)
+        return jnp.asarray(average, dtype=jnp.result_type(param))
 
     results = [
         result_of(path, leaf) for path, (_, leaf) in zip(expected, pairs, strict=True)
@@ -132,51 +142,21 @@ def averaged_params(
 
 
 class _Average(NamedTuple):
-    """An average as a flat dictionary.
-
-    Averages and parameters are compared by paths, because their nodes may differ in
-    type (NNX has states of variables, of optimizer variables and of plain arrays), and
-    because a mask may end an average above a subtree of the parameters.
-
-    Attributes:
-      where: path of the state.
-      is_fallback: whether it is used only if nothing else averages a leaf.
-      tree: the average as it is stored.
-      leaves: its arrays by path.
-      ends: paths at which it is masked or `None`.
-    """
-
-    where: Any
-    is_fallback: bool
+    where: Any  # path of the state
+    is_fallback: bool  # whether to use it only if nothing else averages a leaf
     tree: Any
-    leaves: dict[Any, Any]
-    ends: set[Any]
+    stored: AverageLeaves
 
 
 def _average_in(where: Any, state: Any) -> _Average:
     tree = mean_value(getattr(state, _MEAN_FIELDS[type(state)]))
-    pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_end)
-    leaves = {_unboxed(path): leaf for path, leaf in pairs if not _is_end(leaf)}
-    ends = {path for path, leaf in pairs if _is_end(leaf)}
-    return _Average(where, isinstance(state, RandomScalingState), tree, leaves, ends)
-
-
-def _is_masked(node: Any) -> bool:
-    return isinstance(node, optax.MaskedNode)
-
-
-def _is_end(node: Any) -> bool:
-    return node is None or _is_masked(node)
-
-
-def _unboxed(path: Any) -> Any:
-    """Drop the last key of a path to the array in a variable of Flax NNX."""
-    return path[:-1] if path and path[-1] == _BOXED else path
+    is_fallback = isinstance(state, RandomScalingState)
+    return _Average(where, is_fallback, tree, AverageLeaves.of(tree))
 
 
 def _filled(tree: Any, other: Any) -> Any:
     """Replace the masked parts of `tree` by those of `other`."""
-    if _is_masked(tree):
+    if is_masked(tree):
         return other
     children, treedef = _children(tree)
     others, other_treedef = _children(other)
@@ -187,38 +167,3 @@ def _filled(tree: Any, other: Any) -> Any:
 
 def _children(node: Any) -> tuple[list[Any], Any]:
     return jax.tree.flatten(node, is_leaf=lambda child: child is not node)
-
-
-def _misfit(average: _Average, expected: list[Any]) -> str:
-    """Describe the leaves that an average lacks or should not have."""
-    ends = {_unboxed(path) for path in average.ends}
-    missing = [
-        path
-        for path in expected
-        if path not in average.leaves
-        and path not in ends
-        and not any(path[:n] in average.ends for n in range(len(path)))
-    ]
-    known = set(expected)
-    unexpected = [path for path in average.leaves if path not in known]
-    return path_difference("the average", missing=missing, unexpected=unexpected)
-
-
-def _cast(average: Any, param: Any, path: Any) -> jax.Array:
-    """Convert the average of a leaf to the dtype of its parameter."""
-    key = jax.tree_util.keystr(path)
-    check_agree(
-        f"average{key}",
-        average,
-        f"params{key}",
-        param,
-        same_dtype=_can_cast,
-        dtype_error=TypeError,
-    )
-    return jnp.asarray(average, dtype=jnp.result_type(param))
-
-
-def _can_cast(dtype: Any, wanted: Any) -> bool:
-    is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
-    kind = jnp.complexfloating if is_complex else jnp.inexact
-    return wanted is not None and jnp.issubdtype(wanted, kind)

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import DTypeLike
 
@@ -182,4 +183,4 @@ def _mean_dtype(param: Any, accumulator_dtype: DTypeLike | None) -> Any:
     if not jnp.issubdtype(jnp.result_type(param), jnp.complexfloating):
         return precision
     # There is no half-precision complex type.
-    return jnp.promote_types(precision, jnp.complex64)
+    return np.promote_types(precision, np.complex64)

@@ -196,8 +196,8 @@ def check_update(
     """
     if params is None and jax.tree.leaves(updates):
         raise ValueError(
-            "params are missing: the average is that of the parameters, so call"
-            " `update(updates, state, params)`"
+            "params are missing: call `update(updates, state, params)`, or wrap the"
+            " optimizer in asgd_optax.with_own_params if you cannot change the call"
         )
     if any(map(_is_sparse, jax.tree.leaves(updates, is_leaf=_is_sparse))):
         raise TypeError("updates are sparse: make them dense first with `.todense()`")

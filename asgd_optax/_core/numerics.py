@@ -7,6 +7,7 @@ LLVM may contract a product and a sum into a fused multiply-add. `rounded` and
 because float32 cannot represent odd numbers above 2**24.
 """
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -27,7 +28,9 @@ enable_x64: Callable[[bool], AbstractContextManager[None]] = _home.enable_x64
 
 def wide_dtype(*arrays: ArrayLike) -> Any:
     """Return the dtype in which to compute with `arrays`, at least float32."""
-    return jnp.result_type(*(jnp.result_type(a) for a in arrays), jnp.float32)
+    # By NumPy: with `jax_numpy_dtype_promotion="strict"` JAX promotes no dtypes.
+    dtypes = (jnp.result_type(a) for a in arrays)
+    return functools.reduce(np.promote_types, dtypes, np.dtype(np.float32))
 
 
 def map_real_and_imaginary(f: Callable[..., Any], *arrays: jax.Array) -> Any:
@@ -87,6 +90,11 @@ def uncontracted(x: jax.Array) -> jax.Array:
     # Always equals x (x + x is NaN when x is). The compiler cannot prove that, so it
     # cannot fuse the multiply that made x with a later add.
     return jax.lax.select(x == x, x, x + x)
+
+
+def copied(x: ArrayLike) -> jax.Array:
+    """Copy an array without its weak type, so that both can be donated together."""
+    return jnp.array(x, dtype=jnp.result_type(x), copy=True)
 
 
 def zeros_as(tree: Any) -> Any:

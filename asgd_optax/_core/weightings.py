@@ -125,8 +125,8 @@ def gamma_from_width(width: float) -> float:
         \mathrm{width}^2 = \frac{\gamma + 1}{(\gamma + 2)^2 (\gamma + 3)}
 
     Args:
-      width: a concrete number, more than 0 and at most 1/sqrt(12) = 0.2887, the width
-        of the uniform average.
+      width: a concrete number from 1e-300 to 1/sqrt(12) = 0.2887, the width of the
+        uniform average.
 
     Returns:
       gamma, at least 0, for `power_weighting`.
@@ -147,9 +147,9 @@ def gamma_from_width(width: float) -> float:
     checks.check_concrete("width", width)
     w = float(checks.concrete(width))
     # A width that was rounded in float32 may exceed that of the uniform average.
-    if not (w > 0 and w**2 <= (1 + 2.0**-22) / 12):
+    if not (w >= 1e-300 and w**2 <= (1 + 2.0**-22) / 12):
         raise ValueError(
-            f"width must be more than 0 and at most 1/sqrt(12) = 0.28867; got {width}"
+            f"width must be from 1e-300 to 1/sqrt(12) = 0.28867; got {width}"
         )
     # The cubic equation for x = gamma * width; its largest root is the only one >= 0.
     x = np.roots([1, 7 * w, 16 * w**2 - 1, 12 * w**3 - w]).real.max()
@@ -246,18 +246,73 @@ def exponential_weighting(
     return weight
 
 
-def checked_weighting(weighting: Any) -> Weighting:
-    """Return `weighting`, by default uniform, with a check of its result."""
+def decay_from_half_life(half_life: float) -> float:
+    """Return the EMA decay with which a weight halves every `half_life` iterates.
+
+    Args:
+      half_life: a concrete number, more than 0, in averaged iterates. For a half-life
+        in samples or tokens, divide by those of one batch:
+        `decay_from_half_life(samples / batch_size)`.
+
+    Returns:
+      2 ** (-1 / half_life), a Python float.
+
+    Raises:
+      ValueError: If `half_life` is traced or not positive.
+      TypeError: If `half_life` is not a number.
+
+    Examples:
+      >>> from asgd_optax import decay_from_half_life
+      >>> round(decay_from_half_life(693), 6)
+      0.999
+      >>> round(decay_from_half_life(64_000 / 256), 6)  # 64,000 samples, batches of 256
+      0.997231
+    """
+    checks.check_concrete("half_life", half_life)
+    number = float(checks.concrete(half_life))
+    if not number > 0:
+        raise ValueError(f"half_life must be more than 0; got {half_life}")
+    return 2.0 ** (-1 / number)
+
+
+_FACTORY_CALLS = {
+    uniform_weighting: "uniform_weighting()",
+    polynomial_weighting: "polynomial_weighting(3)",
+    power_weighting: "power_weighting(gamma_from_width(0.1))",
+    exponential_weighting: "exponential_weighting(0.999)",
+}
+
+
+def checked_weighting(weighting: Any, name: str = "weighting") -> Weighting:
+    """Return a weighting that checks its result.
+
+    Args:
+      weighting: a function; a concrete number for an EMA with that decay; or None for
+        the uniform average.
+      name: what to call it in a message.
+    """
     if weighting is None:
         return uniform_weighting()
-    if not callable(weighting):
+    if isinstance(weighting, jax.Array):
         raise TypeError(
-            f"weighting must be a function of n; got {weighting!r}"
-            " (optax.inject_hyperparams needs static_args='weighting')"
+            f"{name} must be a function of n or a concrete decay; got a JAX array. To"
+            " inject the decay, use optax.inject_hyperparams(lambda decay:"
+            " average_iterates(exponential_weighting(decay, debias=False)),"
+            " hyperparam_dtype=jnp.float32)(decay=0.999)"
         )
+    if isinstance(weighting, int | float | np.number):
+        return exponential_weighting(weighting)
+    if not callable(weighting):
+        raise TypeError(f"{name} must be a function of n or a decay; got {weighting!r}")
+    for factory, call in _FACTORY_CALLS.items():
+        if weighting is factory:
+            raise TypeError(
+                f"{name} must map n to a weight; got the factory"
+                f" {factory.__name__}. Did you mean {call}?"
+            )
 
     def weight(n: jax.Array) -> ArrayLike:
-        checks.check_scalar("weighting(n)", w := weighting(n))
+        checks.check_scalar(f"{name}(n)", w := weighting(n))
         return w
 
     return weight

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from asgd_optax._core import averaging, checks, weightings
 from asgd_optax._core.averaging import CompensatedMean, Mean
+from asgd_optax._core.numerics import copied
 from asgd_optax._core.trees import check_agree, leaf_dtype
 from asgd_optax._statistics.statistic import Statistic
 
@@ -30,7 +31,7 @@ class RunningAverageState(NamedTuple):
 
 
 def running_average(
-    weighting: weightings.Weighting | None = None,
+    weighting: weightings.Weighting | float | None = None,
     *,
     accumulator_dtype: DTypeLike | None = None,
     compensated: bool = False,
@@ -45,8 +46,8 @@ def running_average(
     float to average it.
 
     Args:
-      weighting: the weight of the n-th tree, by default `uniform_weighting`. It is
-        called with n of shape (), int32 (int64 under x64).
+      weighting: the weight of the n-th tree, by default `uniform_weighting`; a function
+        or the decay of an EMA, as for `average_iterates`.
       accumulator_dtype: precision of the average, as for `asgd`.
       compensated: whether to keep the average as a `CompensatedMean`.
 
@@ -56,10 +57,10 @@ def running_average(
       It may share buffers with the state, as the result of `averaged_params` does.
 
     Raises:
-      TypeError: If `weighting` is not callable or a leaf is not an array or number;
+      TypeError: If `weighting` is not a weighting or a leaf is not an array or number;
         from `update`, if a leaf that is not averaged changes its dtype.
-      ValueError: If `accumulator_dtype` is not floating; from `update`, if the
-        structure or a shape of the tree differs from the state's.
+      ValueError: If a decay is outside [0, 1) or `accumulator_dtype` is not floating;
+        from `update`, if the structure or a shape of the tree differs from the state's.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -134,11 +135,6 @@ def _filled(mean: Mean, tree: Any) -> Mean:
 
     if isinstance(mean, CompensatedMean):
         return CompensatedMean(
-            fill(mean.value, _copied), fill(mean.residual, lambda _: None)
+            fill(mean.value, copied), fill(mean.residual, lambda _: None)
         )
-    return fill(mean, _copied)
-
-
-def _copied(leaf: Any) -> jax.Array:
-    """Copy without a weak type, so that the state and the tree can both be donated."""
-    return jnp.array(leaf, dtype=jnp.result_type(leaf))
+    return fill(mean, copied)

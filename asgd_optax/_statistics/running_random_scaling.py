@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
@@ -143,7 +144,7 @@ def running_random_scaling(*, start: ArrayLike = 0) -> Statistic:
 
 
 def _is_kept_as(dtype: Any, kept: Any) -> bool:
-    return bool(jnp.promote_types(dtype, jnp.float32) == kept)
+    return bool(np.promote_types(dtype, np.float32) == kept)
 
 
 @jax.jit

@@ -31,7 +31,7 @@ class AverageIteratesState(NamedTuple):
 
 
 def average_iterates(
-    weighting: weightings.Weighting | None = None,
+    weighting: weightings.Weighting | float | None = None,
     *,
     start: ArrayLike = 0,
     every: ArrayLike = 1,
@@ -55,7 +55,9 @@ def average_iterates(
 
     Args:
       weighting: the weight w(n) of the n-th averaged iterate, by default
-        `uniform_weighting`. It is called with n of shape (), int32 (int64 under x64).
+        `uniform_weighting`; a concrete number is the decay of an EMA, as in
+        `exponential_weighting`. A function is called with n of shape (), int32 (int64
+        under x64).
       start: number of updates before averaging: a whole number, or `inf` for never; may
         be traced. It counts the updates of this state, so an average that is added
         during a run counts from there.
@@ -74,13 +76,14 @@ def average_iterates(
       returns the updates unchanged and the new state.
 
     Raises:
-      TypeError: If `weighting` is not callable or does not return a scalar, if `start`
+      TypeError: If `weighting` is not callable or a concrete number, is a factory such
+        as `exponential_weighting` itself, or does not return a scalar; if `start`
         or `every` is not a number, or if `include_start` is not a bool; also for the
         leaves that `asgd` does not accept.
-      ValueError: If a concrete `start` is negative, NaN or not whole, if a concrete
-        `every` is less than 1 or not whole, or if one of them is an array of a floating
-        type narrower than 32 bits; if params are missing, or a structure or shape
-        differs from the parameters'.
+      ValueError: If a decay is outside [0, 1); if a concrete `start` is negative, NaN
+        or not whole, if a concrete `every` is less than 1 or not whole, or if one of
+        them is an array of a floating type narrower than 32 bits; if params are
+        missing, or a structure or shape differs from the parameters'.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -148,7 +151,7 @@ def average_iterates(
         # 0.10 then copies the average twice. (`switch` clamps index 2 to 1.) The
         # branches are the same functions in every update, or JAX would recompile them
         # in every un-jitted one.
-        index = due.astype(jnp.int32) + ~begun
+        index = due.astype(jnp.int32) + (~begun).astype(jnp.int32)
         new = jax.lax.switch(index, [_kept, averaging.update_mean], *operands)
         return updates, AverageIteratesState(step, averaged, new)
 

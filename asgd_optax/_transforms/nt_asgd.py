@@ -204,6 +204,8 @@ def _after_loss(
     checks.check_scalar("validation_loss", loss)
     if jnp.iscomplexobj(loss):
         raise TypeError(f"validation_loss must be real; got {loss!r}")
+    if isinstance(loss, int):
+        loss = checks.concrete(loss)  # It may be too large for JAX.
     loss = jnp.asarray(loss, dtype=recent.dtype)
     triggered = triggered | (loss > lowest)
     measured = loss == loss  # False for NaN
