@@ -400,7 +400,7 @@ GOOD = AverageProfile(5)
         (ValueError, "every must be at least 1", AverageProfile(3, every=0)),
         (ValueError, "every must be a whole number", AverageProfile(3, every=1.5)),
         (TypeError, "include_start must be True", AverageProfile(3, include_start=1)),
-        (TypeError, "weighting must be a function of n", AverageProfile(3, 0.999)),
+        (TypeError, "weighting must be a function of n", AverageProfile(3, "ema")),
         (TypeError, "weighting(n) must be a number", AverageProfile(3, lambda n: "1")),
         (ValueError, "weighting(n) must be a scalar",
          AverageProfile(3, jnp.atleast_1d)),
@@ -445,7 +445,9 @@ def test_every_may_differ_up_to_a_million_steps():
 
 
 def test_fields_must_be_concrete():
-    with pytest.raises(ValueError, match=r"snapshots\[0\]\.start must be concrete"):
+    with pytest.raises(
+        ValueError, match=r"snapshots\[0\]\.start must be a concrete number"
+    ):
         jax.jit(lambda s: posthoc_coefficients([AverageProfile(5, start=s)], GOOD))(1)
 
 
@@ -497,3 +499,26 @@ def test_steps_may_come_from_a_state():
     fit = posthoc_coefficients(kept, AverageProfile(5, start=4))
     # The means of 3 and of 2 iterates give that of the last one.
     np.testing.assert_allclose(fit.coefficients, [3, -2], rtol=1e-12)
+
+
+@pytest.mark.parametrize("steps", [1_000, 100_000, 3_000_000])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (uniform_weighting(), power_weighting(0.0)),
+        (polynomial_weighting(3.0), polynomial_weighting(3.0 + 1e-13)),
+        (0.999, exponential_weighting(0.999)),
+    ],
+)
+def test_equal_profiles_share_the_smallest_coefficients(steps, first, second):
+    kept = [AverageProfile(steps, first), AverageProfile(steps, second)]
+    fit = posthoc_coefficients(kept, AverageProfile(steps, polynomial_weighting(1.0)))
+    np.testing.assert_allclose(fit.coefficients, [0.5, 0.5], rtol=1e-6)
+    assert fit.amplification == pytest.approx(1)
+
+
+def test_snapshots_between_two_averaged_iterates_share_the_coefficients():
+    kept = [AverageProfile(1_000, every=100), AverageProfile(1_050, every=100)]
+    fit = posthoc_coefficients(kept, kept[1])
+    np.testing.assert_allclose(fit.coefficients, [0.5, 0.5], rtol=1e-9)
+    assert fit.residual < 1e-12

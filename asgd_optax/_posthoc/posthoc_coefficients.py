@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 
 from asgd_optax._core import checks
 from asgd_optax._core.numerics import LAST_STEP, enable_x64
-from asgd_optax._core.weightings import Weighting, uniform_weighting
+from asgd_optax._core.weightings import Weighting, checked_weighting
 
 # Up to so many steps every block is a single iterate, and the fit is exact.
 _EXACT_STEPS = 10**6
@@ -31,7 +31,7 @@ _GRADING = 1 / 512
 # and little memory.
 _CHUNK = 2**15
 
-# Singular values below this part of the largest are rounding errors of the profiles.
+# Singular values below this fraction of the profiles' length are rounding errors.
 _RANK_TOLERANCE = 1e-11
 
 
@@ -45,15 +45,16 @@ class AverageProfile(NamedTuple):
 
     Attributes:
       step: number of finished updates, a whole number less than 2**31.
-      weighting: the weight w of the n-th averaged iterate, a function that JAX can
-        trace, with values from 0 to 1; None means `uniform_weighting`.
+      weighting: the weight w of the n-th averaged iterate: a function that JAX can
+        trace, with values from 0 to 1; the decay of an EMA; or None for
+        `uniform_weighting`.
       start: as in `average_iterates`, concrete.
       every: as in `average_iterates`, concrete.
       include_start: as in `average_iterates`.
     """
 
     step: ArrayLike
-    weighting: Weighting | None = None
+    weighting: Weighting | float | None = None
     start: ArrayLike = 0
     every: ArrayLike = 1
     include_start: bool = False
@@ -186,15 +187,8 @@ def _checked(name: str, profile: AverageProfile) -> _Profile:
     start = _whole(f"{name}.start", profile.start, at_least=0)
     every = _whole(f"{name}.every", profile.every, at_least=1)
     include_start = profile.include_start
-    if not isinstance(include_start, bool | np.bool_):
-        raise TypeError(
-            f"{name}.include_start must be True or False; got {include_start!r}"
-        )
-    weighting = profile.weighting
-    if weighting is None:
-        weighting = uniform_weighting()
-    if not callable(weighting):
-        raise TypeError(f"{name}.weighting must be a function of n; got {weighting!r}")
+    checks.check_flag(f"{name}.include_start", include_start)
+    weighting = checked_weighting(profile.weighting, f"{name}.weighting")
 
     first = start if include_start else start + every
     averaged = max(0, 1 + (step - first) // every)
@@ -211,8 +205,7 @@ def _checked(name: str, profile: AverageProfile) -> _Profile:
 def _whole(name: str, value: Any, *, at_least: int, may_be_inf: bool = True) -> int:
     """Return a concrete whole number as an int, at most `LAST_STEP + 1`."""
     checks.check_count(name, value, at_least=at_least, may_be_inf=may_be_inf)
-    if checks.is_traced(value):
-        raise ValueError(f"{name} must be concrete, but it is traced")
+    checks.check_concrete(name, value)
     return int(min(checks.concrete(value), LAST_STEP + 1))
 
 
@@ -220,9 +213,7 @@ def _weights(name: str, weighting: Weighting, n: np.ndarray) -> np.ndarray:
     """Return the weights at n, an int64 array of any shape, in float64."""
 
     def weight(n: jax.Array) -> jax.Array:
-        w = weighting(n)
-        checks.check_scalar(name, w)
-        return jnp.asarray(w, jnp.float64)
+        return jnp.asarray(weighting(n), jnp.float64)
 
     padded = np.append(n, np.ones(-n.size % _CHUNK, n.dtype)).reshape(-1, _CHUNK)
     # On the CPU, because not every accelerator has float64; at once, even in a trace.
@@ -359,10 +350,11 @@ def _fit(columns: list[np.ndarray]) -> PosthocFit:
     # The columns of `free` are orthogonal to the ones: adding them to `even` keeps the
     # sum at 1, and the shortest combination makes the smallest coefficients.
     free = np.linalg.qr(np.ones((m, 1)), mode="complete")[0][:, 1:]
-    along, *_ = np.linalg.lstsq(
-        kept @ free, wanted - kept @ even, rcond=_RANK_TOLERANCE
-    )
-    coefficients = even + free @ along
+    u, s, vh = np.linalg.svd(kept @ free, full_matrices=False)
+    # Not relative to s: between equal profiles all of s is rounding errors.
+    length = np.linalg.norm(kept, axis=0).max()
+    inverse = np.divide(1, s, out=np.zeros_like(s), where=s > _RANK_TOLERANCE * length)
+    coefficients = even + free @ (vh.T @ (inverse * (u.T @ (wanted - kept @ even))))
     residual = np.linalg.norm(kept @ coefficients - wanted) / np.linalg.norm(wanted)
     amplification = np.abs(coefficients).sum()
     return PosthocFit(coefficients, float(residual), float(amplification))
