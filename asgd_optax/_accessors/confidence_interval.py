@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from asgd_optax._accessors.critical_value import critical_value
+from asgd_optax._accessors.critical_value import critical_value, critical_value_of_looks
 from asgd_optax._accessors.find_states import find_states
 from asgd_optax._core import checks
+from asgd_optax._core.numerics import LAST_STEP
 from asgd_optax._statistics.running_random_scaling import RandomScalingState
 
 
@@ -21,7 +22,9 @@ class ConfidenceInterval(NamedTuple):
     upper: optax.Params
 
 
-def confidence_interval(tree: Any, level: float = 0.95) -> ConfidenceInterval:
+def confidence_interval(
+    tree: Any, level: float = 0.95, *, looks: tuple[int, int] | None = None
+) -> ConfidenceInterval:
     r"""Compute a confidence interval for each parameter.
 
     .. math:: \bar p_n \pm c \sqrt{V_n / n}, \quad P(|T| > c) = 1 - \mathrm{level}
@@ -30,25 +33,38 @@ def confidence_interval(tree: Any, level: float = 0.95) -> ConfidenceInterval:
     normal over the root of an independent Cramér-von Mises variable (Abadir &
     Paruolo 1997). Its tails are heavier than a normal's: c = 6.747 at 95 %.
 
+    Without `looks` an interval covers the true value with this probability at one n
+    that is fixed in advance. If you read intervals repeatedly, or stop when they are
+    short, pass `looks`. The critical value then is that of the supremum of
+    :math:`|T_n|` over the looks, which depends on last / first only: c = 12.79 for a
+    ratio of 10.
+
     Args:
       tree: the state of a `running_random_scaling`, or any pytree with exactly one in
         it, such as an optimizer's state. May be traced. For several runs, as `jax.vmap`
         stacks them, the intervals are stacked alike.
-      level: the confidence level, a concrete number in (0, 1).
+      level: the confidence level, a concrete number in (0, 1); at least 0.5 with
+        `looks`.
+      looks: two concrete whole numbers (first, last), with 2 <= first <= last <= 1000 *
+        first. All intervals that you read while the number n of averaged iterates
+        satisfies first <= n <= last hold together with probability `level`. Read them
+        at any of these n, and stop when you like.
 
     Returns:
       The lower and upper ends, each a pytree shaped like the parameters in the dtypes
       of the average: the parameters', float32 for 16-bit floats. They are NaN while
-      fewer than two iterates have been averaged, and if the squares of the deviations
-      leave the range of the dtype: float32 represents half-widths from about 1e-16 to
-      1e18 (rescale smaller or larger parameters). The interval has length 0 if a
-      parameter never moved, moved only by subnormal numbers, or moved so little that
-      the ends are rounded to the average. Masked leaves stay masked.
+      fewer than two iterates have been averaged, if n is outside `looks`, and if the
+      squares of the deviations leave the range of the dtype: float32 represents
+      half-widths from about 1e-16 to 1e18 (rescale smaller or larger parameters). The
+      interval has length 0 if a parameter never moved, moved only by subnormal numbers,
+      or moved so little that the ends are rounded to the average. Masked leaves stay
+      masked.
 
     Raises:
       TypeError: If `level` is not a number.
-      ValueError: If `level` is traced or outside (0, 1), or if `tree` contains no state
-        of a `running_random_scaling`, or several.
+      ValueError: If `level` is traced or outside (0, 1), or less than 0.5 with `looks`;
+        if `looks` are not as above; if `tree` contains no state of a
+        `running_random_scaling`, or several.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -75,16 +91,26 @@ def confidence_interval(tree: Any, level: float = 0.95) -> ConfidenceInterval:
 
       Abadir & Paruolo, `Two mixed normal densities from cointegration analysis
       <https://doi.org/10.2307/2171824>`_, Econometrica 65(3), 1997.
+
+      Jennison & Turnbull, Repeated confidence intervals for group sequential clinical
+      trials, Controlled Clinical Trials 5(1), 1984.
     """
     checks.check_concrete("level", level)
     if not 0 < (number := float(checks.concrete(level))) < 1:
         raise ValueError(f"level must be between 0 and 1; got {level}")
+    first, last, critical = 2, LAST_STEP, 0.0
+    if looks is None:
+        critical = critical_value(number)
+    else:
+        if number < 0.5:
+            raise ValueError(f"level must be at least 0.5 with looks; got {level}")
+        first, last = _checked_looks(looks)
+        critical = critical_value_of_looks(number, last / first)
     state = _only_state(tree)
-    average = state.average
+    average, averaged = state.average, jnp.asarray(state.averaged)
+    is_valid = (averaged >= first) & (averaged <= min(last, LAST_STEP))
     half = jax.tree.map(
-        functools.partial(
-            _half_width, critical_value(number), jnp.asarray(state.averaged)
-        ),
+        functools.partial(_half_width, critical, averaged, is_valid),
         *average,
         *state.center,
         state.spread,
@@ -92,6 +118,23 @@ def confidence_interval(tree: Any, level: float = 0.95) -> ConfidenceInterval:
     return ConfidenceInterval(
         jax.tree.map(jnp.subtract, average.value, half),
         jax.tree.map(jnp.add, average.value, half),
+    )
+
+
+def _checked_looks(looks: Any) -> tuple[int, int]:
+    """Return (first, last) as ints; raise a `ValueError` for anything else."""
+    try:
+        first, last = looks
+        for look in (first, last):
+            checks.check_concrete("looks", look)
+            checks.check_count("looks", look, at_least=2, may_be_inf=False)
+        if first <= last <= 1000 * first:
+            return int(first), int(last)
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(
+        "looks must be two concrete whole numbers (first, last), with"
+        f" 2 <= first <= last <= 1000 * first; got {looks!r}"
     )
 
 
@@ -117,6 +160,7 @@ def _only_state(tree: Any) -> RandomScalingState:
 def _half_width(
     critical: Any,
     averaged: jax.Array,
+    is_valid: jax.Array,
     value: Any,
     rest: Any,
     center: Any,
@@ -124,8 +168,9 @@ def _half_width(
     spread: Any,
 ) -> jax.Array:
     # `jax.vmap` stacks runs on an axis before those of the parameter.
-    n = averaged.astype(value.dtype)
-    n = jnp.expand_dims(n, tuple(range(n.ndim, jnp.ndim(value))))
+    axes = tuple(range(averaged.ndim, jnp.ndim(value)))
+    n = jnp.expand_dims(averaged.astype(value.dtype), axes)
+    is_valid = jnp.expand_dims(is_valid, axes)
     # V_n / n is `factor` times the mean square about the average.
     factor = (1 + 1 / n) * (2 + 1 / n) / 6
     distance = (center - value) + (center_rest - rest)
@@ -136,4 +181,4 @@ def _half_width(
     # Replace 0 before the root, or the derivative there would be NaN.
     still = square == 0
     root = jnp.where(still, 0, jnp.sqrt(jnp.where(still, 1, factor * square)))
-    return jnp.where((n < 2) | lost, jnp.nan, critical * root)
+    return jnp.where(is_valid & ~lost, critical * root, jnp.nan)

@@ -5,6 +5,42 @@ import functools
 
 import numpy as np
 
+# Coefficients of the formula in `critical_value_of_looks`: row i multiplies u^i, column
+# j v^j. They were fitted to simulated Brownian paths (tests/looks/looks.csv).
+_LOOKS = np.array(
+    [
+        [0.3583, 0.0110, 0.1985],
+        [0.3705, 0.2442, 0.0378],
+        [0.2745, -0.0827, -0.0413],
+        [-0.0419, 0.0080, 0.0072],
+    ]
+)
+
+
+def critical_value_of_looks(level: float, ratio: float) -> float:
+    r"""Return the critical value for intervals read at every n in [first, last].
+
+    With R = last / first, P(|T_n| <= c for all these n) = level in the limit. Looking
+    over the range R is worth N independent looks, :math:`c(p, R) = c(p^{1/N}, 1)`, with
+
+    .. math:: \log \frac{N - 1}{\sqrt{\log R}} = \sum_{ij} b_{ij} u^i v^j,
+        \quad u = \log(1 + 2 \log R), \quad v = \log(c(p, 1) - 1).
+
+    It is exact at R = 1, and within 0.4 % of the simulated values for levels from 0.5
+    to 0.998 and R up to 1,000.
+
+    Args:
+      level: the probability that all intervals hold, from 0.5 to 1.
+      ratio: R, from 1 to 1,000.
+    """
+    if ratio == 1:
+        return critical_value(level)
+    u = np.log(1 + 2 * np.log(ratio))
+    v = np.log(critical_value(level) - 1)
+    exponent = np.polynomial.polynomial.polyval2d(u, v, _LOOKS)
+    looks = 1 + np.sqrt(np.log(ratio)) * np.exp(exponent)
+    return critical_value(float(level ** (1 / looks)))
+
 
 @functools.lru_cache
 def critical_value(level: float) -> float:
