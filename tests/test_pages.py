@@ -17,7 +17,8 @@ def test_the_pilot_is_an_average():
     names = {}
     for block in blocks_of(ROOT / "docs" / "guides" / "confidence_intervals.md")[:3]:
         exec(block.compiled(), names)
-    (w, (_, scaling)), pilot = names["run"], names["pilot"]
+    (w, (_, track)), pilot = names["run"], names["pilot"]
+    scaling = track.statistic
     assert int(scaling.averaged) == 1000
     np.testing.assert_array_equal(pilot, scaling.average.value)
     assert not np.array_equal(pilot, w)
