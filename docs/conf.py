@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The documentation site. No page of it asks another host for anything."""
+"""Configuration of the documentation site. No page loads anything from other hosts."""
 
 import sys
 from pathlib import Path
@@ -25,10 +25,10 @@ extensions = [
     "repository_links",
 ]
 
-# Docstrings name code in single backticks, as optax's do: a link where that is ours.
+# As in optax, docstrings put code in single backticks. It becomes a link if it is ours.
 default_role = "py:obj"
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # the signature would be three lines of types
+autodoc_typehints = "none"  # types would make signatures three lines long
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
@@ -45,14 +45,15 @@ myst_enable_extensions = [
 ]
 myst_heading_anchors = 4
 
-# Prompts are not copied.
+# Do not copy prompts.
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
 html_theme = "furo"
-pygments_dark_style = "github-dark"  # the theme's own underlines modules as if links
+# The theme's own dark style underlines modules like links.
+pygments_dark_style = "github-dark"
 html_title = "asgd_optax"
-# The second folder is what `make mathjax` has fetched.
+# The second folder is the result of `make mathjax`.
 html_static_path = ["_static", "../build/static"]
 html_css_files = ["custom.css"]
 mathjax_path = "mathjax/es5/tex-mml-chtml.js"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lessons, one idea each: `python -m examples.NAME` from the repository's root.
+"""Examples of one idea each: `python -m examples.NAME` in the root of the repository.
 
-A package, and not only a folder: another package's `examples` would win otherwise.
+This is a package, or Python might import another package called `examples`.
 """

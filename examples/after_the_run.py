@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train once at a constant rate; choose the average afterwards, from the checkpoints.
+"""Train once at a constant learning rate, then choose the average from checkpoints.
 
     python -m examples.after_the_run
 
-A small transformer in Flax NNX reads the standard library's sources. Checkpoints hold
-three averages: of them any stretch's mean is made exactly, any width's average nearly.
+A small transformer in Flax NNX learns Python's sources. Checkpoints hold three
+averages: they give the mean of any window exactly, and any width approximately.
 """
 
 import io
@@ -34,16 +34,16 @@ from asgd_optax import (
 )
 from asgd_optax.checkpoints import average_checkpoints
 
-STEPS, EVERY, RATE, WARMUP = 800, 25, 3e-3, 50  # every: from checkpoint to checkpoint
+STEPS, EVERY, RATE, WARMUP = 800, 25, 3e-3, 50  # EVERY: between checkpoints
 LAYERS, WIDTH, HEADS, CONTEXT, BATCH_SIZE, DTYPE = 4, 128, 4, 128, 16, "float32"
-UNIFORM, *POWERS = (f"1/opt_state/{n}/average" for n in (2, 3, 4))  # in a checkpoint
+UNIFORM, *POWERS = (f"1/opt_state/{n}/average" for n in (2, 3, 4))  # in checkpoints
 KEPT = {UNIFORM: None, POWERS[0]: power(gamma(0.05)), POWERS[1]: power(gamma(0.1))}
 TRIED = (0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.13, 0.17, 0.22)  # other widths
 TEXT, OUTPUT = Path(sysconfig.get_path("stdlib")), Path("out/after_the_run.png")
 
 
 def load(folder: Path) -> list[np.ndarray]:
-    """Bytes to train on, to validate with and to test: of ten files 8, 1 and 1."""
+    """Load bytes for training, validation and test: 8, 1 and 1 of ten files."""
     parts, left_out = [b"", b"", b""], {"site-packages", "test", "tests"}
     files = (file.relative_to(folder) for file in sorted(folder.rglob("*.py")))
     for n, file in enumerate(f for f in files if left_out.isdisjoint(f.parts)):
@@ -52,7 +52,7 @@ def load(folder: Path) -> list[np.ndarray]:
 
 
 def draw_batch(text: np.ndarray, seed: Any) -> np.ndarray:
-    """Pieces of the text, each a byte longer than the context."""
+    """Draw pieces of the text, each one byte longer than the context."""
     starts = np.random.default_rng(seed).integers(len(text) - CONTEXT, size=BATCH_SIZE)
     return text[starts[:, None] + np.arange(CONTEXT + 1)].astype(np.int32)
 
@@ -63,7 +63,7 @@ class Residual(nnx.Sequential):
 
 
 def create(rate: Any, seed: int) -> tuple[nnx.Module, nnx.Optimizer[Any]]:
-    """A decoder of bytes, and its optimizer with the three averages at its end."""
+    """Create a decoder of bytes, and its optimizer with three averages in the chain."""
     options: Any = {"dtype": DTYPE, "rngs": nnx.Rngs(seed)}
     norm = partial(nnx.RMSNorm, WIDTH, **options)
     attend = partial(jax.nn.dot_product_attention, is_causal=True)
@@ -93,9 +93,9 @@ def train_step(model: nnx.Module, optimizer: nnx.Optimizer[Any], batch: Any) -> 
 
 
 def average(run: Path, target: Profile, read: Any) -> Any:
-    """Another average of the run, of those that its checkpoints hold."""
-    kept = [(UNIFORM, n) for n in (target.start, target.step) if n]  # exactly
-    if target.weighting:  # nearly
+    """Compute another average of the run from those in its checkpoints."""
+    kept = [(UNIFORM, n) for n in (target.start, target.step) if n]  # exact
+    if target.weighting:  # approximate
         kept = [(part, n) for part in POWERS for n in range(EVERY, STEPS + 1, EVERY)]
     profiles = [Profile(n, KEPT[part]) for part, n in kept]
     held = (read((run / str(n),), part=part) for part, n in kept)
@@ -103,7 +103,7 @@ def average(run: Path, target: Profile, read: Any) -> Any:
 
 
 def main(output: Path = OUTPUT) -> Any:
-    """Validation losses: the iterate's, of means by end and start, and by width."""
+    """Return losses of the last iterate, of means by end and start, and by width."""
     training, validation, _ = load(TEXT)
     model, optimizer = create(optax.warmup_constant_schedule(0, RATE, WARMUP), seed=0)
     pieces = np.stack([draw_batch(validation, n) for n in range(16)])
@@ -115,7 +115,7 @@ def main(output: Path = OUTPUT) -> Any:
                 saver.save(n, args=ocp.args.StandardSave(nnx.state((model, optimizer))))
         saver.wait_until_finished()
         like, iterate, means = nnx.state(model), float(score(model)), {}
-        read = cache(partial(average_checkpoints, like=like))  # small: each once
+        read = cache(partial(average_checkpoints, like=like))  # small: keep all
 
         def tried(*profile: Any) -> float:
             nnx.update(model, average(Path(run), Profile(*profile), read))
@@ -145,7 +145,7 @@ if __name__ == "__main__":
     parser = ArgumentParser(usage=SUPPRESS, description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, default=OUTPUT, help=f"default {OUTPUT}")
     output = parser.parse_args().output
-    try:  # now, not after the training; a picture that is there stays as it is
+    try:  # fail before training, and leave an existing figure as it is
         plt.savefig(io.BytesIO(), format=output.suffix[1:])
         output.parent.mkdir(parents=True, exist_ok=True)
         output.open("ab").close()

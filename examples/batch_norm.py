@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BatchNorm with Flax NNX: averaged weights need statistics of their own.
+"""BatchNorm with Flax NNX: recompute the statistics for averaged weights.
 
     python -m examples.batch_norm
 
 A small network with BatchNorm learns scikit-learn's digits by SGD at a constant
-rate, and the mean of its iterates is taken. The running statistics have followed
-the iterates: with them the averaged weights are normalised by means and variances
-of activations that they do not have. `update_batch_stats` estimates the statistics
-anew over the training set. The table compares, on the test set, the last iterate
-and the averaged weights with either statistics. The rate is large, so that the
-iterates are far apart. All seeds train at once, under `nnx.vmap`.
+learning rate, and its weights are averaged. The running statistics belong to the last
+iterate: the averaged weights produce different activations. `update_batch_stats`
+recomputes the statistics over the training set. The table compares the last iterate and
+the averaged weights with both kinds of statistics on the test set. The learning rate is
+large, so the iterates are far apart. All seeds train at once, under `nnx.vmap`.
 """
 
 from argparse import SUPPRESS, ArgumentParser
@@ -29,21 +28,21 @@ from tqdm import trange
 from asgd_optax import average_iterates
 from asgd_optax.flax import averaged_model, update_batch_stats
 
-RATE, STEPS, BATCH_SIZE = 3.0, 2000, 32  # averaging begins after a tenth of the steps
+RATE, STEPS, BATCH_SIZE = 3.0, 2000, 32  # averaging starts after a tenth of the steps
 HIDDEN_UNITS = 64
 MOMENTUM = 0.9  # of the running statistics
 SEEDS = 10
 
 Data = namedtuple("Data", ["images", "labels"])  # of shapes (n, 64) and (n,)
 Scores = namedtuple("Scores", ["loss", "accuracy"])  # the loss is the cross-entropy
-# Of the last iterate, of the averaged weights with its statistics, and with their own.
+# The last iterate, the averaged weights with its statistics, and with recomputed ones.
 Results = namedtuple("Results", ["last", "stale", "updated"])
 WEIGHTS = ["last iterate", "averaged", "averaged"]
-STATISTICS = ["running", "stale", "estimated anew"]
+STATISTICS = ["running", "stale", "recomputed"]
 
 
 def load_splits() -> tuple[Data, Data]:
-    """The same 1297 training and 500 test examples every time."""
+    """Load the 1297 training and 500 test examples, always the same."""
     x, y = load_digits(return_X_y=True)
     x, split = (x / 16).astype(np.float32), {"test_size": 500, "random_state": 0}
     x, x_test, y, y_test = train_test_split(x, y, stratify=y, **split)
@@ -51,7 +50,7 @@ def load_splits() -> tuple[Data, Data]:
 
 
 def minibatches(data: Data, seed: int) -> Iterator[Data]:
-    """Endless minibatches; each epoch is a new order of the examples."""
+    """Yield minibatches forever, in a new order of the examples in each epoch."""
     rng = np.random.default_rng(seed)
     while True:
         order = rng.permutation(len(data.labels))
@@ -61,7 +60,7 @@ def minibatches(data: Data, seed: int) -> Iterator[Data]:
 
 
 def create_model(rngs: nnx.Rngs) -> nnx.Sequential:
-    """A freshly initialised network."""
+    """Create and initialise a network."""
     return nnx.Sequential(
         nnx.Linear(64, HIDDEN_UNITS, rngs=rngs),
         nnx.BatchNorm(HIDDEN_UNITS, momentum=MOMENTUM, rngs=rngs),
@@ -74,7 +73,7 @@ def create_model(rngs: nnx.Rngs) -> nnx.Sequential:
 
 
 def score(model: Any, data: Data) -> Scores:
-    """The model's mean cross-entropy and accuracy."""
+    """Return the mean cross-entropy and the accuracy of a model."""
     logits = model(data.images)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, data.labels)
     return Scores(losses.mean(), (logits.argmax(axis=-1) == data.labels).mean())
@@ -83,7 +82,7 @@ def score(model: Any, data: Data) -> Scores:
 @nnx.jit
 @nnx.vmap
 def train_step(model: nnx.Module, optimizer: nnx.Optimizer[Any], batch: Data) -> None:
-    """One step of every seed."""
+    """Train every seed for one step."""
     grads = nnx.grad(lambda model: score(model, batch).loss)(model)
     optimizer.update(model, grads)
 
@@ -91,18 +90,18 @@ def train_step(model: nnx.Module, optimizer: nnx.Optimizer[Any], batch: Data) ->
 @nnx.jit
 @nnx.vmap(in_axes=(0, None))
 def evaluate(model: Any, data: Data) -> Scores:
-    """Every seed's scores, with the statistics that the model has kept."""
-    model = nnx.clone(model)  # the mode of the one in training stays
+    """Score every seed with the statistics stored in the model."""
+    model = nnx.clone(model)  # leaves the original in training mode
     model.eval()
     return score(model, data)
 
 
-# Every seed's network on the same images.
+# Runs every seed's network on the same images.
 run = nnx.jit(nnx.vmap(lambda model, images: model(images), in_axes=(0, None)))
 
 
 def train(training: Data, rate: float, steps: int, seeds: int) -> Any:
-    """A network per seed and their optimizer, after these steps."""
+    """Train a network per seed; return them and their optimizer."""
     tx = optax.chain(optax.sgd(rate), average_iterates(start=steps // 10))
 
     @nnx.vmap
@@ -119,10 +118,10 @@ def train(training: Data, rate: float, steps: int, seeds: int) -> Any:
 
 
 def compare(model: nnx.Module, optimizer: Any, training: Data, test: Data) -> Results:
-    """The scores on the test set; `model` stays as it is, to train on."""
+    """Return scores on the test set; `model` does not change."""
     averaged = averaged_model(model, optimizer)
     last, stale = evaluate(model, test), evaluate(averaged, test)
-    # The last of these batches is smaller, and weighs less.
+    # The last batch is smaller, so it has less weight.
     sections = range(BATCH_SIZE, len(training.images), BATCH_SIZE)
     update_batch_stats(averaged, np.split(training.images, sections), call=run)
     return jax.tree.map(np.asarray, Results(last, stale, evaluate(averaged, test)))
@@ -132,13 +131,13 @@ def main(rate: float = RATE, *, steps: int = STEPS, seeds: int = SEEDS) -> Resul
     training, test = load_splits()
     model, optimizer = train(training, rate, steps, seeds)
     results = compare(model, optimizer, training, test)
-    print("| weights      | statistics     | test loss       | test accuracy (%) |")
-    print("| ------------ | -------------- | --------------- | ----------------- |")
+    print("| weights      | statistics | test loss       | test accuracy (%) |")
+    print("| ------------ | ---------- | --------------- | ----------------- |")
     for weights, statistics, scores in zip(WEIGHTS, STATISTICS, results, strict=True):
         loss, accuracy = scores
         losses = f"{loss.mean():.4f} ± {loss.std(ddof=1):.4f}"
         percents = f"{100 * accuracy.mean():.2f} ± {100 * accuracy.std(ddof=1):.2f}"
-        print(f"| {weights:12} | {statistics:14} | {losses} | {percents:17} |")
+        print(f"| {weights:12} | {statistics:10} | {losses} | {percents:17} |")
     return results
 
 

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One training on many devices: by `pmap`, and by sharded arrays.
+"""Train one network on many devices, by `pmap` and by sharded arrays.
 
     python -m examples.data_parallel
 
-A Flax network learns scikit-learn's digits by ASGD, each minibatch divided among the
-devices; a CPU is made eight of them. Two ways lead to the same weights:
+A Flax network learns scikit-learn's digits by ASGD. Each minibatch is divided among the
+devices, here eight virtual devices of a CPU. Both ways give the same weights:
 
 - *pmap*: every device keeps all parameters and the whole average. `jax.pmap` still
-  works; its successor is `jax.shard_map`, or no mapping at all, which is the next.
-- *jit*: parameters and average are divided among the devices ("FSDP"). The step is as
-  for one device: `jax.jit` finds the communication, of which the update has none.
+  works; its successors are `jax.shard_map`, and `jit` as below.
+- *jit*: parameters and average are sharded over the devices ("FSDP"). The step is that
+  for one device; `jax.jit` adds the communication, of which the update needs none.
 
-In several processes it is the same: each calls `jax.distributed.initialize()`, which
+Several processes work in the same way: each calls `jax.distributed.initialize()`, which
 finds the others, then `train("jit")` (`benchmarks/data_parallel.py`). On a TPU slice
 (`gcloud compute tpus tpu-vm ssh NAME --worker=all --command=...`) and on GPU nodes
 (`srun --ntasks-per-node=8 --gpus-per-task=1 ...`) this is untested.
@@ -34,16 +34,16 @@ from tqdm import tqdm
 from asgd_optax import asgd, averaged_params
 
 STEPS, BATCH, RATE = 200, 64, 1.0
-NOISE = np.float32(0.2)  # standard deviation; the pixels lie in [0, 1]
+NOISE = np.float32(0.2)  # standard deviation; pixels are in [0, 1]
 NETWORK = nn.Sequential([nn.Dense(512), nn.relu, nn.Dense(10)])
 
 Data = tuple[np.ndarray, np.ndarray]  # images and labels
-Carry = tuple[optax.Params, optax.OptState]  # what a step hands on to the next
+Carry = tuple[optax.Params, optax.OptState]  # passed from step to step
 Step = Callable[[Carry, Data], Carry]
 
 
 class Outcome(NamedTuple):
-    """Cross-entropies on the test set, and what a device holds."""
+    """Cross-entropies on the test set, and the memory used on one device."""
 
     last_loss: float
     average_loss: float
@@ -52,7 +52,7 @@ class Outcome(NamedTuple):
 
 
 def load() -> list[Data]:
-    """Images to train on and to test on, those of `examples/digits.py`."""
+    """Load training and test images, the same as in `examples/digits.py`."""
     images, labels = load_digits(return_X_y=True)
     split = partial(train_test_split, test_size=400, random_state=0)
     others, test = split(np.arange(len(labels)), stratify=labels)
@@ -61,7 +61,7 @@ def load() -> list[Data]:
 
 
 def minibatches(images: np.ndarray, labels: np.ndarray) -> Iterator[Data]:
-    """Endless noisy minibatches; each epoch is a new order of the images."""
+    """Yield noisy minibatches forever, in a new order of the images in each epoch."""
     rng, n = np.random.default_rng(0), len(labels)
     while True:
         for picked in rng.permutation(n)[: n // BATCH * BATCH].reshape(-1, BATCH):
@@ -70,13 +70,13 @@ def minibatches(images: np.ndarray, labels: np.ndarray) -> Iterator[Data]:
 
 
 def loss(params: optax.Params, data: Data) -> jax.Array:
-    """The network's mean cross-entropy."""
+    """Return the mean cross-entropy of the network."""
     logits = NETWORK.apply({"params": params}, data[0])
     return optax.softmax_cross_entropy_with_integer_labels(logits, data[1]).mean()
 
 
 def by_pmap(step: Step, init: Any, params: optax.Params) -> tuple[Step, Carry]:
-    """Every device has its copy of everything, along a first axis."""
+    """Copy everything to every device, stacked along a first axis."""
     n = jax.device_count()
     step = jax.pmap(step, axis_name="devices", donate_argnums=0)
     copied = jax.tree.map(lambda x: np.stack([x] * n), params)
@@ -86,11 +86,11 @@ def by_pmap(step: Step, init: Any, params: optax.Params) -> tuple[Step, Carry]:
 
 
 def by_jit(step: Step, init: Any, params: optax.Params) -> tuple[Step, Carry]:
-    """Everything is divided among the devices, be they of one process or of many."""
+    """Shard everything over the devices of all processes."""
     mesh = Mesh(np.array(jax.devices()), ("devices",))
     rows = NamedSharding(mesh, PartitionSpec("devices"))
     whole = NamedSharding(mesh, PartitionSpec())
-    # Along the first axis where the devices divide it, else a copy for each of them.
+    # Shard the first axis if its length is divisible by the number of devices.
     layout = jax.tree.map(lambda x: whole if len(x) % mesh.size else rows, params)
     params = jax.device_put(params, layout)
     carry = params, jax.jit(init)(params)
@@ -100,7 +100,7 @@ def by_jit(step: Step, init: Any, params: optax.Params) -> tuple[Step, Carry]:
 
 
 def train(how: str, steps: int = STEPS) -> Outcome:
-    """Trains on the devices of this process, or of all that have been joined."""
+    """Train on the devices of all processes that have been joined."""
     training, test = load()
     tx = optax.chain(optax.clip_by_global_norm(1.0), asgd(RATE, 0.0, t0=steps // 2))
 
@@ -113,11 +113,11 @@ def train(how: str, steps: int = STEPS) -> Outcome:
         return optax.apply_updates(params, updates), state
 
     params = NETWORK.init(jax.random.key(0), training[0][:1])["params"]
-    params = jax.tree.map(np.asarray, params)  # on no device
+    params = jax.tree.map(np.asarray, params)  # on the host
     step, carry = {"pmap": by_pmap, "jit": by_jit}[how](one_step, tx.init, params)
     batches = minibatches(*training)
     for _ in tqdm(range(steps), how, disable=jax.process_index() > 0):
-        # The devices of a CPU share threads: several steps in flight can deadlock.
+        # Devices of one CPU share threads, so several steps in flight can deadlock.
         carry = jax.block_until_ready(step(carry, next(batches)))
     params, average = carry[0], averaged_params(carry[1], carry[0])
     shards = [[x.addressable_data(0) for x in jax.tree.leaves(t)] for t in carry]
@@ -129,7 +129,7 @@ def train(how: str, steps: int = STEPS) -> Outcome:
 
 
 def report(outcomes: dict[str, Outcome]) -> None:
-    """Prints the losses, and what params and optimizer state take on a device."""
+    """Print the losses, and the memory of params and optimizer state on one device."""
     print("| way       | last iterate | average  | params, kB | state, kB |")
     print("| --------- | ------------ | -------- | ---------- | --------- |")
     for how, (last, average, params, state) in outcomes.items():
@@ -138,7 +138,7 @@ def report(outcomes: dict[str, Outcome]) -> None:
 
 
 def main(steps: int = STEPS) -> dict[str, Outcome]:
-    """Trains both ways, prints the table and returns what was measured."""
+    """Train both ways, print the table and return the results."""
     outcomes = {how: train(how, steps) for how in ("pmap", "jit")}
     report(outcomes)
     return outcomes

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Handwritten digits with Flax NNX: the last iterate against the averaged one.
+"""Handwritten digits with Flax NNX: compare the last iterate with the average.
 
     python -m examples.digits
 
-At a constant rate, with fresh noise on every minibatch, the iterate keeps wandering
-around a minimum; its average comes to rest near it. (A rate decayed to zero does as
-well, where the number of steps is known.) All seeds train at once, under `nnx.vmap`.
+With a constant learning rate and noisy minibatches, the weights keep wandering around a
+minimum. Their average settles near it. (A learning rate that decays to zero does as
+well, but needs a known number of steps.) All seeds train at once, under `nnx.vmap`.
 """
 
 import io
@@ -28,18 +28,18 @@ from tqdm import trange
 from asgd_optax import asgd
 from asgd_optax.flax import averaged_model
 
-RATE, STEPS, BATCH_SIZE = 0.6, 4000, 16  # averaging begins after half of the steps
-NOISE, MAX_GRADIENT_NORM = 0.2, 1.0  # noise: its deviation; pixels lie in [0, 1]
+RATE, STEPS, BATCH_SIZE = 0.6, 4000, 16  # averaging starts after half of the steps
+NOISE, MAX_GRADIENT_NORM = 0.2, 1.0  # noise: std; pixels are in [0, 1]
 HIDDEN_UNITS, SEEDS, EVALUATE_EVERY, OUTPUT = 64, 10, 40, Path("out/digits.png")
 
 Data = namedtuple("Data", ["images", "labels"])  # of shapes (n, 64) and (n,)
 Scores = namedtuple("Scores", ["loss", "accuracy"])  # the loss is the cross-entropy
-# By iterate, "last" and "averaged": validation Scores after `steps`, and test Scores.
+# Validation Scores after `steps` and test Scores, for "last" and "averaged".
 Results = namedtuple("Results", ["steps", "curves", "test"])
 
 
 def load_splits() -> tuple[Data, Data, Data]:
-    """The same 997 training, 400 validation and 400 test examples every time."""
+    """Load the 997 training, 400 validation and 400 test examples, always the same."""
     x, y = load_digits(return_X_y=True)
     x, split = (x / 16).astype(np.float32), {"test_size": 400, "random_state": 0}
     x, x_test, y, y_test = train_test_split(x, y, stratify=y, **split)
@@ -48,7 +48,7 @@ def load_splits() -> tuple[Data, Data, Data]:
 
 
 def minibatches(data: Data, size: int, noise: float, seed: int) -> Iterator[Data]:
-    """Endless noisy minibatches; each epoch is a new order of the examples."""
+    """Yield noisy minibatches forever, in a new order of the examples in each epoch."""
     rng = np.random.default_rng(seed)
     while True:
         order = rng.permutation(len(data.labels))
@@ -73,12 +73,12 @@ def train_step(model: nnx.Module, optimizer: nnx.Optimizer[Any], batch: Data) ->
 @nnx.jit
 @nnx.vmap(in_axes=(0, 0, None))
 def evaluate(model: nnx.Module, optimizer: nnx.Optimizer[Any], data: Data) -> Any:
-    averaged = averaged_model(model, optimizer)  # the model in training stays as it is
+    averaged = averaged_model(model, optimizer)  # a copy; `model` does not change
     return {"last": score(model, data), "averaged": score(averaged, data)}
 
 
 def train(rate: Any, noise: float, steps: int, seeds: int) -> Results:
-    """Trains a network per seed, at a rate or along a schedule."""
+    """Train a network per seed with a learning rate or a schedule."""
     training, validation, test = load_splits()
     clip = optax.clip_by_global_norm(MAX_GRADIENT_NORM)
     tx = optax.chain(clip, asgd(rate, lambd=0.0, t0=steps // 2))
@@ -107,7 +107,7 @@ def train(rate: Any, noise: float, steps: int, seeds: int) -> Results:
 def draw(results: Results, t0: int, output: Path) -> None:
     plt.style.use(Path(__file__).with_name("style.mplstyle"))
     figure, axes = plt.subplots(figsize=(7, 4.2))
-    # Up to step t0 + 1 the average is the iterate itself: not drawn.
+    # Up to step t0 + 1 the average equals the last iterate, so it is not drawn.
     for name, color, first in ("last", "C0", 0), ("averaged", "C1", t0 + 2):
         shown = results.steps >= first
         steps, losses = results.steps[shown], results.curves[name].loss[shown]
@@ -141,7 +141,7 @@ if __name__ == "__main__":
     parser = ArgumentParser(usage=SUPPRESS, description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, default=OUTPUT, help=f"default {OUTPUT}")
     output = parser.parse_args().output
-    try:  # now, not after the training; a picture that is there stays as it is
+    try:  # fail before training, and leave an existing figure as it is
         plt.savefig(io.BytesIO(), format=output.suffix[1:])
         output.parent.mkdir(parents=True, exist_ok=True)
         output.open("ab").close()

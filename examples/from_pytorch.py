@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training begun in PyTorch, taken over here: the same curve, and the same weights.
+"""Continue a PyTorch run in JAX with the same loss curve and the same weights.
 
     python -m examples.from_pytorch  # after pip install '.[examples,torch]'
 
-`torch.optim.ASGD` learns scikit-learn's digits. From a checkpoint of halfway the same
-network in Flax trains on: one function converts the weights, and the averages too.
+A network learns scikit-learn's digits by `torch.optim.ASGD`. The same network in Flax
+continues from a checkpoint of halfway. One function converts weights and averages.
 """
 
 import copy
@@ -39,7 +39,7 @@ def torch_network() -> Any:
     layers = {
         "unflatten": torch.nn.Unflatten(1, (1, 8, 8)),
         "conv": torch.nn.Conv2d(1, CHANNELS, 3, padding=1),
-        "silu": torch.nn.SiLU(),  # at a ReLU's kink the roundings part for good
+        "silu": torch.nn.SiLU(),  # smooth, or rounding errors would grow
         "flatten": torch.nn.Flatten(),
         "linear": torch.nn.Linear(CHANNELS * 64, 10),
     }
@@ -54,7 +54,7 @@ class Network(nn.Module):  # the same in Flax
 
 
 def to_params(weights: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Torch's weights or averages as Flax's params: channels come after the pixels."""
+    """Convert torch's weights or averages to Flax's params: channels come last."""
     conv = weights["conv.weight"].transpose(2, 3, 1, 0)
     linear = weights["linear.weight"].reshape(10, CHANNELS, 8, 8).transpose(2, 3, 1, 0)
     kernels = {"conv": conv, "linear": linear.reshape(-1, 10)}
@@ -62,7 +62,7 @@ def to_params(weights: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 def train_in_torch(batches: Any) -> list[Any]:
-    """A checkpoint of network and optimizer every so many steps."""
+    """Return checkpoints of network and optimizer, one every `EVERY` steps."""
     network, checkpoints, t0 = torch_network(), [], len(batches) // 4
     asgd = torch.optim.ASGD(network.parameters(), lr=RATE, lambd=LAMBD, t0=t0)
     for step, batch in enumerate(tqdm(batches, desc="torch", unit="step"), 1):
@@ -76,7 +76,7 @@ def train_in_torch(batches: Any) -> list[Any]:
 
 
 def move(weights: Any, state: Any) -> tuple[Any, Any]:
-    """Params and optimizer state from torch's, all of whose weights are parameters."""
+    """Convert torch's weights, all of them parameters, and its optimizer state."""
     params = to_params({name: weight.numpy() for name, weight in weights.items()})
     return jax.device_put(params), state_from_torch(state, list(weights), to_params)
 
@@ -88,7 +88,7 @@ def loss(params: Any, images: Any, labels: Any) -> jax.Array:
 
 
 def train_in_jax(batches: Any, checkpoint: Any) -> list[Any]:
-    """Params and their average every so many steps, from a checkpoint of torch."""
+    """Train on from a torch checkpoint; return params and averages on the way."""
     (params, opt_state), pairs = move(*checkpoint), []
     tx = asgd(**dict[str, Any](hyperparams_from_torch(checkpoint[1])))
 
@@ -105,9 +105,9 @@ def train_in_jax(batches: Any, checkpoint: Any) -> list[Any]:
 
 
 def main(output: Path = OUTPUT, dtype: str = "float64", steps: int = STEPS) -> Any:
-    """Trains both ways, saves the figure, prints and returns the differences."""
-    torch.set_default_dtype(getattr(torch, dtype))  # in which its ASGD keeps its rates
-    torch.set_num_threads(1)  # on batches this small a second costs more than it brings
+    """Train both ways, save the figure, print and return the differences."""
+    torch.set_default_dtype(getattr(torch, dtype))  # torch's ASGD keeps eta in it
+    torch.set_num_threads(1)  # a second thread is slower on small batches
     images, labels = load_digits(return_X_y=True)
     images = (images / 16).astype(dtype)
     picked = np.random.default_rng(0).integers(400, len(labels), (steps, BATCH_SIZE))
@@ -141,7 +141,7 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path, default=OUTPUT, help=f"default {OUTPUT}")
     parser.add_argument("--dtype", choices=("float64", "float32"), default="float64")
     options = parser.parse_args()
-    try:  # now, not after the training; a picture that is there stays as it is
+    try:  # fail before training, and leave an existing figure as it is
         plt.savefig(io.BytesIO(), format=options.output.suffix[1:])
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.open("ab").close()

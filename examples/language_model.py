@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Averaging that starts by itself, on a language model: AWD-LSTM's, cut to size.
+"""NT-ASGD on a small AWD-LSTM language model: averaging is triggered automatically.
 
     python -m examples.language_model
 
-A word-level LSTM learns Python's own `help()` by SGD at a constant rate. `nt_asgd` lets
-the iterates be; once the validation loss stops improving, it averages them.
+A word-level LSTM learns the texts of Python's `help()` at a constant learning rate.
+`nt_asgd` runs SGD until the validation loss stops improving, then starts averaging.
 """
 
 import io
@@ -26,17 +26,17 @@ from tqdm import tqdm
 from asgd_optax import averaged_params, nt_asgd
 
 SEED, EPOCHS, HIDDEN, RATE, NONMONO, CLIP = 0, 30, 128, 30.0, 2, 0.25
-BATCH_SIZE, BPTT = 20, 35  # lines read side by side; words that gradients reach back
+BATCH_SIZE, BPTT = 20, 35  # parallel streams; words per window of backpropagation
 DROPOUT, WEIGHT_DECAY, OUTPUT = 0.3, 1.2e-6, Path("out/language_model.png")
 
 
 def load() -> tuple[int, list[Any]]:
-    """The number of words, and windows of text to train on and to validate with."""
-    # Without tables, and each paragraph once, or they would be known from training.
+    """Return the number of words, and windows of training and validation text."""
+    # Drop tables and repeated paragraphs, or validation would repeat training text.
     paragraphs = dict.fromkeys(re.split(r"\n\s*\n", "\n\n".join(topics.values())))
     texts = [text for text in paragraphs if not re.search(r"[-=+|]{3}|== ", text)]
     parts, windows = [list[str](), list[str]()], list[Any]()
-    for i, paragraph in enumerate(texts):  # ten in a row for one part
+    for i, paragraph in enumerate(texts):  # ten paragraphs in a row per part
         parts[i // 10 % 10 == 9] += re.findall(r"\w+|[^\w\s]", paragraph)
     counted = enumerate(Counter(parts[0]).most_common(), 1)
     index = {word: i for i, (word, n) in counted if n >= 3}  # 0: all other words
@@ -49,14 +49,14 @@ def load() -> tuple[int, list[Any]]:
 
 
 class LanguageModel(nn.Module):
-    """An LSTM between two uses of one matrix: as embedding and as softmax."""
+    """An LSTM whose embedding and softmax share one matrix."""
 
     words: int
     hidden: int
 
     @nn.compact
     def __call__(self, inputs: Any, carry: Any = None, training: bool = False) -> Any:
-        """The next words' logits, and the carry. Dropout has one mask a window."""
+        """Return logits and carry, with one dropout mask per window."""
         initial = nn.initializers.truncated_normal(0.05)
         embed = nn.Embed(self.words, self.hidden, embedding_init=initial)
         bias = self.param("bias", nn.initializers.zeros, (self.words,))
@@ -67,7 +67,7 @@ class LanguageModel(nn.Module):
         return embed.attend(outputs) + bias, carry
 
     def losses(self, params: Any, window: Any, carry: Any, key: Any = None) -> Any:
-        """Each word's cross-entropy, with dropout where there is a key; the carry."""
+        """Return cross-entropies by word, with dropout if there is a key, and carry."""
         inputs, targets, weights = window
         rngs = None if key is None else {"dropout": key}
         logits, carry = self.apply(params, inputs, carry, key is not None, rngs=rngs)
@@ -79,7 +79,7 @@ class LanguageModel(nn.Module):
 
 
 def train_epoch(model: Any, tx: Any, text: Any, key: Any, state: Any, loss: Any) -> Any:
-    """Params and optimizer state, once through the text; `loss` was validation's."""
+    """Train for one epoch, given the last validation loss; return params and state."""
 
     def step(loop: Any, inputs: Any) -> Any:
         (params, opt_state, carry), (n, window) = loop, inputs
@@ -89,7 +89,7 @@ def train_epoch(model: Any, tx: Any, text: Any, key: Any, state: Any, loss: Any)
             return each.mean(), new
 
         grads, carry = jax.grad(mean_loss, has_aux=True)(params)
-        news = jnp.where(n == 0, loss, jnp.nan)  # NaN: no loss has been measured
+        news = jnp.where(n == 0, loss, jnp.nan)  # NaN: no loss was measured
         updates, opt_state = tx.update(grads, opt_state, params, validation_loss=news)
         return (optax.apply_updates(params, updates), opt_state, carry), None
 
@@ -106,7 +106,7 @@ def mean_cross_entropy(model: LanguageModel, text: Any, params: Any) -> jax.Arra
 
 
 def main(output: Path = OUTPUT, epochs: int = EPOCHS, hidden: int = HIDDEN) -> Any:
-    """Trains, saves the figure, prints and returns the perplexities."""
+    """Train, save the figure, print and return the perplexities."""
     words, (training, validation) = load()
     model, key = LanguageModel(words, hidden), jax.random.key(SEED)
     averaging = nt_asgd(RATE, nonmono=NONMONO, weight_decay=WEIGHT_DECAY)
@@ -118,7 +118,7 @@ def main(output: Path = OUTPUT, epochs: int = EPOCHS, hidden: int = HIDDEN) -> A
     for epoch in (bar := tqdm(range(epochs), unit="epoch")):
         params, opt_state = state = train(jax.random.fold_in(key, epoch), state, loss)
         began = min(began, epoch if opt_state[1].triggered else epochs)
-        loss = measure(params)  # the average's, too, until it begins
+        loss = measure(params)  # also the average's, until averaging starts
         curves.append(np.exp([loss, measure(averaged_params(opt_state, params))]))
         bar.set_postfix_str("perplexity {:.1f}, average {:.1f}".format(*curves[-1]))
     print(f"nt_asgd averages after epoch {began} of {epochs}; validation perplexity:")
@@ -141,7 +141,7 @@ if __name__ == "__main__":
     parser = ArgumentParser(usage=SUPPRESS, description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, default=OUTPUT, help=f"default {OUTPUT}")
     output = parser.parse_args().output
-    try:  # now, not after the training; a picture that is there stays as it is
+    try:  # fail before training, and leave an existing figure as it is
         plt.savefig(io.BytesIO(), format=output.suffix[1:])
         output.parent.mkdir(parents=True, exist_ok=True)
         output.open("ab").close()

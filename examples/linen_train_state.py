@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ASGD in a Flax Linen `TrainState`, stopped and resumed from an Orbax checkpoint.
+"""ASGD in a Flax Linen `TrainState`: stop, and resume from an Orbax checkpoint.
 
     python -m examples.linen_train_state [--checkpoint-dir FOLDER]
 
-A small network learns scikit-learn's breast cancer data. Halfway the run stops; a new
-start goes on from the newest checkpoint, and ends in the very bits of a run that
-nothing interrupted. The average is in the optimizer's state, so it is saved with it.
+A small network learns scikit-learn's breast cancer data. The run stops halfway, resumes
+from the newest checkpoint, and ends bit for bit as an uninterrupted run. The average is
+part of the optimizer's state, so it is saved and restored with it.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ KEEP.enable_async_checkpointing = False
 
 
 def load_splits() -> Any:
-    """Standardised inputs and labels: to train on, and to test on."""
+    """Load standardised inputs and labels for training and test."""
     x, y = load_breast_cancer(return_X_y=True)
     x, test_x, y, test_y = train_test_split(x, y, stratify=y, random_state=0)
     scale = StandardScaler().fit(x).transform
@@ -50,7 +50,7 @@ def load_splits() -> Any:
 
 
 def score(params: Any, inputs: jax.Array, labels: jax.Array) -> tuple[Any, Any]:
-    """The mean cross-entropy and the accuracy."""
+    """Return the mean cross-entropy and the accuracy."""
     logits: Any = NETWORK.apply({"params": params}, inputs)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return losses.mean(), jnp.mean(logits.argmax(-1) == labels)
@@ -58,7 +58,7 @@ def score(params: Any, inputs: jax.Array, labels: jax.Array) -> tuple[Any, Any]:
 
 @jax.jit
 def train_step(state: TrainState, key: Any, inputs: Any, labels: Any) -> TrainState:
-    """One step, on a minibatch that depends on nothing but the step's number."""
+    """Train for one step, on a minibatch that depends only on the step number."""
     key = jax.random.fold_in(key, state.step)
     rows = jax.random.randint(key, (BATCH_SIZE,), 0, len(labels))
     grads, _ = jax.grad(score, has_aux=True)(state.params, inputs[rows], labels[rows])
@@ -66,36 +66,36 @@ def train_step(state: TrainState, key: Any, inputs: Any, labels: Any) -> TrainSt
 
 
 def bits(tree: Any) -> bytes:
-    """All that its arrays hold, with their dtypes and shapes."""
+    """Return the contents of all arrays, with their dtypes and shapes."""
     arrays = map(jnp.asarray, jax.tree.leaves(tree))
     return b"".join(f"{x.dtype}{x.shape}".encode() + x.tobytes() for x in arrays)
 
 
 def attempt(what: str, function: Callable[..., Any], *given: Any, **named: Any) -> Any:
-    """Calls a function that reads or writes; where it fails, a line says so."""
-    # Of errors that Orbax raises its threads log and print much too, some of it later.
+    """Call a function that reads or writes; on failure, exit with one line."""
+    # Orbax's threads log and print a lot about an error, partly later.
     logging.disable(logging.ERROR)
     with contextlib.redirect_stderr(io.StringIO()), contextlib.ExitStack() as stack:
         stack.callback(logging.disable, logging.NOTSET)
         try:
             return function(*given, **named)
-        except Exception as error:  # of many kinds
+        except Exception as error:  # Orbax raises many types
             why = " ".join(str(error).split()).split(" [")[0]
-        time.sleep(0.5)  # some of the threads are not Python's, and cannot be joined
+        time.sleep(0.5)  # some threads are not Python's and cannot be joined
         gc.collect()
     tqdm.write(f"cannot {what}: {why}", file=sys.stderr)
     sys.exit(1)
 
 
 def save(manager: ocp.CheckpointManager, step: int, state: Any, run: Any) -> None:
-    """Saves a state and, beside it, what run it is of."""
+    """Save a state, and a description of its run."""
     run = args.JsonSave(run | {"sha256": hashlib.sha256(bits(state)).hexdigest()})
     manager.save(step, args=args.Composite(state=args.StandardSave(state), run=run))
 
 
 def resume(manager: ocp.CheckpointManager, fresh: Any, run: Any) -> tuple[int, Any]:
-    """The newest whole checkpoint's step and state; 0 and `fresh` if there is none."""
-    if (step := manager.latest_step()) is None:  # Orbax passes over saves cut short
+    """Restore the newest complete checkpoint; without one, return 0 and `fresh`."""
+    if (step := manager.latest_step()) is None:  # Orbax skips interrupted saves
         return 0, fresh
     theirs = manager.restore(step, args=args.Composite(run=args.JsonRestore())).run
     if other := [name for name in run if theirs.get(name) != run[name]]:
@@ -109,7 +109,7 @@ def resume(manager: ocp.CheckpointManager, fresh: Any, run: Any) -> tuple[int, A
 
 
 def main(checkpoint_dir: Path | None = None, steps: int = STEPS) -> dict[str, Any]:
-    """Trains with an interruption and without, compares, prints and returns that."""
+    """Train with and without interruption, compare, print and return the results."""
     (data, test_data), key = load_splits(), jax.random.key(SEED)
     tx = optax.chain(optax.clip_by_global_norm(CLIP), asgd(RATE, lambd=0.0, t0=T0))
     params = NETWORK.init(key, data[0][:1])["params"]
@@ -123,7 +123,7 @@ def main(checkpoint_dir: Path | None = None, steps: int = STEPS) -> dict[str, An
         attempt(what, folder.mkdir, parents=True, exist_ok=True)
         with attempt(what, ocp.CheckpointManager, folder, options=KEEP) as manager:
             for stop in (steps // 2, steps):
-                # Each of the two knows no more than what the folder holds.
+                # Each of the two starts from the contents of the folder alone.
                 what = f"go on from {folder}/{manager.latest_step()}"
                 start, state = attempt(what, resume, manager, fresh, run)
                 print(f"{'resumed' if start else 'afresh'}: {folder}, step {start}")
@@ -146,5 +146,5 @@ def main(checkpoint_dir: Path | None = None, steps: int = STEPS) -> dict[str, An
 
 if __name__ == "__main__":
     parser = ArgumentParser(usage=SUPPRESS, description=__doc__.partition("\n")[0])
-    parser.add_argument("--checkpoint-dir", type=Path, help="keeps the checkpoints")
+    parser.add_argument("--checkpoint-dir", type=Path, help="keep checkpoints here")
     main(parser.parse_args().checkpoint_dir)

@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Error bars from one pass, without the bias: logistic regression on a stream.
+"""Unbiased confidence intervals from one pass: logistic regression on a stream.
 
     python -m examples.online_inference
 
-What makes a tumour malignant? SGD learns from one observation a step. Coefficients, a
-contrast, the log odds of a tumour: each is a stream, `running_random_scaling` has its
-interval. SGD's average is biased in proportion to the rate; a second run on the same
-observations, at twice the rate, takes that out: 2 p_c - p_2c.
-
-The stream is scikit-learn's 569 tumours, drawn with replacement: epochs would not be
-independent. So the intervals are for the maximum-likelihood fit to these 569, which is
-known, and not for the population behind them.
+What makes a tumour malignant? SGD learns from one observation per step. Coefficients, a
+contrast and log odds are streams for `running_random_scaling`. A second run, at twice
+the learning rate, removes the bias of SGD's average: 2 p_c - p_2c. The stream draws
+scikit-learn's 569 tumours with replacement, because epochs would not be independent.
+The intervals are for the maximum-likelihood fit to these, not for their population.
 """
 
 import io
@@ -27,13 +24,17 @@ from sklearn.datasets import load_breast_cancer
 from sklearn.linear_model import LogisticRegression
 from tqdm import trange
 
-from asgd_optax import ConfidenceInterval, running_random_scaling
+from asgd_optax import (
+    ConfidenceInterval,
+    confidence_interval,
+    running_random_scaling,
+)
 
 OBSERVATIONS, STREAMS, READINGS = 100_000, 400, 200
 LEVEL, OUTPUT = 0.95, Path("out/online_inference.png")
-RATE = 5.0  # c of the step size min(1/d, c t^-0.505)
-COLUMNS = 1, 4, 8  # mean texture, smoothness and symmetry, to be standardised
-QUESTIONS = {  # of the intercept and their coefficients
+RATE = 5.0  # c of the learning rate min(1/d, c t^-0.505)
+COLUMNS = 1, 4, 8  # mean texture, smoothness and symmetry
+QUESTIONS = {  # linear combinations of the intercept and the coefficients
     "texture": (0, 1, 0, 0),
     "smoothness": (0, 0, 1, 0),
     "symmetry": (0, 0, 0, 1),
@@ -44,16 +45,16 @@ ESTIMATES = {"one rate": "C2", "two rates": "C1"}  # p_c and 2 p_c - p_2c
 
 
 class Study(NamedTuple):
-    """The answers of all the data, (q,), and the streams' intervals for them."""
+    """True answers, shape (q,), and the streams' intervals for them."""
 
     truth: np.ndarray
-    observations: np.ndarray  # so many before each reading
-    intervals: ConfidenceInterval  # (readings, streams, 2, q); NaN before the averaging
-    covered: np.ndarray  # (streams, 2, q), whether the last ones hold the truth
+    observations: np.ndarray  # their number before each reading
+    intervals: ConfidenceInterval  # (readings, streams, 2, q), NaN before averaging
+    covered: np.ndarray  # (streams, 2, q): do the last ones cover the truth?
 
 
 def tumours() -> tuple[np.ndarray, np.ndarray]:
-    """A constant and the features, (569, 4), and whether each is malignant."""
+    """Return a constant and the features, (569, 4), and whether each is malignant."""
     data = load_breast_cancer()
     x = data.data[:, COLUMNS]
     x = (x - x.mean(axis=0)) / x.std(axis=0)
@@ -61,7 +62,7 @@ def tumours() -> tuple[np.ndarray, np.ndarray]:
 
 
 def follow(c: float, observations: int, streams: int) -> Study:
-    """SGD over all streams at once; reads the intervals `READINGS` times."""
+    """Run SGD over all streams at once; read the intervals `READINGS` times."""
     x, y = (jnp.asarray(a, jnp.float32) for a in tumours())
     questions = np.array(list(QUESTIONS.values()), np.float32)
     d, size = x.shape[1], observations // READINGS
@@ -84,7 +85,7 @@ def follow(c: float, observations: int, streams: int) -> Study:
     @jax.vmap
     def learn(carry: Any, key: jax.Array) -> tuple[Any, ConfidenceInterval]:
         carry, _ = jax.lax.scan(observe, carry, jax.random.split(key, size))
-        return carry, scaling.interval(carry[-1], LEVEL)
+        return carry, confidence_interval(carry[-1], LEVEL)
 
     carry: Any = 1.0, jnp.zeros((2, d)), scaling.init(np.zeros((2, len(QUESTIONS))))
     carry, read = jax.tree.map(lambda a: jnp.stack([a] * streams), carry), []
@@ -99,7 +100,6 @@ def follow(c: float, observations: int, streams: int) -> Study:
 
 
 def draw(study: Study, output: Path) -> None:
-    """How many intervals hold the truth, and two of them along a stream."""
     plt.style.use(Path(__file__).with_name("style.mplstyle"))
     figure, axes = plt.subplot_mosaic("ab;ac", figsize=(9, 4.8))
     rows, late = np.arange(len(QUESTIONS)), slice(READINGS // 10, None)
@@ -141,7 +141,7 @@ if __name__ == "__main__":
     parser = ArgumentParser(usage=SUPPRESS, description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, default=OUTPUT, help=f"default {OUTPUT}")
     output = parser.parse_args().output
-    try:  # now, not after the training; a picture that is there stays as it is
+    try:  # fail before training, and leave an existing figure as it is
         plt.savefig(io.BytesIO(), format=output.suffix[1:])
         output.parent.mkdir(parents=True, exist_ok=True)
         output.open("ab").close()

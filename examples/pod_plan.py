@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A large model's averaged update on a TPU pod, planned by the TPU's own compiler.
+"""Plan the averaged update of a large model on a TPU pod with the TPU compiler.
 
     python -m examples.pod_plan
 
-Lays a transformer of 70 billion bfloat16 parameters (Llama 3's shapes) and their
-float32 average over 256 chips, compiles `asgd`'s update for them and prints what a
-chip holds and moves, and how fast its memory lets the step be. Nothing is run and no
-TPU is needed: `pip install "jax[tpu]"`, in an environment of its own, brings the
-compiler. What is planned is the optimizer's part of a training step; the gradients
-arrive as the parameters are sharded. What asks the compiler is of this repository's
-`benchmarks`, so that this one lesson runs in a checkout alone.
+Shards a transformer of 70 billion bfloat16 parameters (Llama 3's shapes) and their
+float32 average over 256 chips, and compiles the update of `asgd` for them. Prints the
+memory used and moved on each chip, and the time that the memory bandwidth allows.
+Nothing is run and no TPU is needed: `pip install "jax[tpu]"`, in an environment of its
+own, installs the compiler. The plan covers the optimizer's part of a training step,
+with gradients sharded like the parameters. This example imports `benchmarks`, so it
+runs only in a checkout.
 """
 
 import math
@@ -26,7 +26,7 @@ from asgd_optax import asgd
 from benchmarks import compilers
 
 TOPOLOGY = "v6e:16x16"  # generation and chips
-# A chip's memory bandwidth in bytes per second, as its vendor states it:
+# Memory bandwidth of a chip in bytes per second, as documented by the vendor:
 # https://docs.cloud.google.com/tpu/docs/v4, and likewise v5e, v5p, v6e.
 BANDWIDTH = {"v4": 1200e9, "v5e": 819e9, "v5p": 2765e9, "v6e": 1600e9}
 
@@ -45,18 +45,18 @@ LAYER = {
 
 
 class Plan(NamedTuple):
-    """A model's update on a pod; what is on a chip includes what all have a copy of."""
+    """A model's update on a pod. Numbers for a chip include replicated arrays."""
 
     total: int  # parameters of the model
     parameters: int  # on a chip
-    params: int  # bytes of them; the gradients take as many
-    average: int  # bytes of it on a chip
-    step: compilers.Step  # what the compiler says of the update
-    step_time: float  # seconds that `step.moved` takes at the memory's bandwidth
+    params: int  # bytes of params on a chip; gradients take as many
+    average: int  # bytes of the average on a chip
+    step: compilers.Step  # report of the compiler on the update
+    step_time: float  # seconds to move `step.moved` bytes at the memory bandwidth
 
 
 def lay_out(mesh: Mesh, layers: int, apart: bool) -> optax.Params:
-    """The parameters: matrices sharded over both axes of the mesh, norms copied."""
+    """Return abstract parameters: matrices sharded over both axes, norms replicated."""
     stack = () if apart else (layers,)
 
     def weight(*shape: int, stack: tuple[int, ...] = ()) -> jax.ShapeDtypeStruct:
@@ -74,7 +74,7 @@ def lay_out(mesh: Mesh, layers: int, apart: bool) -> optax.Params:
 
 
 def on_a_chip(tree: optax.Params, itemsize: int | None = None) -> int:
-    """Bytes of the arrays that a chip holds, or those of numbers of `itemsize`."""
+    """Return the bytes of the arrays on a chip, if each number takes `itemsize`."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * (itemsize or x.dtype.itemsize)
         for x in jax.tree.leaves(tree)
@@ -82,7 +82,7 @@ def on_a_chip(tree: optax.Params, itemsize: int | None = None) -> int:
 
 
 def table(plan: Plan, bandwidth: float) -> str:
-    """What a chip holds, moves and waits for."""
+    """Format the memory, the traffic and the time of a chip."""
     step, each = plan.step, plan.step.moved / plan.parameters
     rows = {
         "a chip": "",
@@ -102,16 +102,16 @@ def table(plan: Plan, bandwidth: float) -> str:
 
 
 def main(topology: str = TOPOLOGY, layers: int = LAYERS, apart: bool = False) -> Plan:
-    """Plans, prints the table and returns the figures.
+    """Print and return the plan.
 
-    With `apart` every layer has leaves of its own; else all layers are stacked in one.
+    With `apart`, every layer has its own leaves; otherwise all layers are stacked.
     """
     if not compilers.installed("tpu"):
-        raise SystemExit("The TPU's compiler is missing: pip install 'jax[tpu]'")
+        raise SystemExit("The TPU compiler is missing: pip install 'jax[tpu]'")
     devices = compilers.devices_of(topology)
     bandwidth = BANDWIDTH[topology.partition(":")[0]]
     chips = len(devices)
-    # As square as may be.
+    # As square as possible.
     rows = max(n for n in range(1, math.isqrt(chips) + 1) if chips % n == 0)
     mesh = Mesh(np.array(devices).reshape(rows, -1), ("rows", "columns"))
     params = lay_out(mesh, layers, apart)
@@ -135,8 +135,10 @@ def main(topology: str = TOPOLOGY, layers: int = LAYERS, apart: bool = False) ->
     )
     print(table(plan, bandwidth))
     counted = step.accessed / plan.parameters
-    print(f"\nThe compiler itself counts {counted:.2f} B each: with the traffic of its")
-    print("vector memory, into which it prefetches what is small.")
+    print(
+        f"\nThe compiler itself counts {counted:.2f} B each. This includes traffic of"
+    )
+    print("its vector memory, into which it prefetches small arrays.")
     return plan
 
 

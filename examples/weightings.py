@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which weighting suits what: one run of Adam, read four ways.
+"""Compare weightings: one run of Adam, its last iterate and three averages.
 
     python -m examples.weightings
 
-Adam at a constant rate learns scikit-learn's digits, every minibatch with fresh noise,
-while three averages look on, at the end of the chain. Uniform drags the start of the
-training along; polynomial forgets it at any length, and follows closely; exponential
-needs as many iterates as it looks back over, and keeps their noise. All seeds train at
-once, under `jax.vmap`, and a compiled loop leads from one evaluation to the next.
+A network learns scikit-learn's digits by Adam at a constant learning rate, with noisy
+minibatches and three averages in the chain. The uniform average keeps the bad start of
+the training. The polynomial one forgets it, whatever the length of the run. The
+exponential one averages over a fixed window, so its noise stops falling. All seeds
+train at once, under `jax.vmap`, in a compiled loop between evaluations.
 """
 
 import io
@@ -29,17 +29,17 @@ from tqdm import tqdm
 import asgd_optax
 
 RATE, STEPS, BATCH_SIZE = 0.01, 4000, 16
-NOISE = 0.2  # standard deviation; the pixels lie in [0, 1]
+NOISE = 0.2  # standard deviation; pixels are in [0, 1]
 GAMMA, DECAY, HIDDEN_UNITS = 3.0, 0.99, 64
 SEEDS, EVALUATIONS, OUTPUT = 10, 60, Path("out/weightings.png")
 COLORS = {"last iterate": 0, "uniform": 1, "polynomial": 4, "exponential": 2}
 
-# By name of the reading: validation losses after `steps`, and test losses at the end.
+# Validation losses after `steps` and final test losses, by name of the average.
 Results = namedtuple("Results", ["steps", "curves", "test"])
 
 
 def load_splits() -> list[Any]:
-    """The same 997 training, 400 validation and 400 test examples every time."""
+    """Load the 997 training, 400 validation and 400 test examples, always the same."""
     x, y = load_digits(return_X_y=True)
     x, split = (x / 16).astype(np.float32), {"test_size": 400, "random_state": 0}
     x, x_test, y, y_test = train_test_split(x, y, stratify=y, **split)
@@ -48,7 +48,7 @@ def load_splits() -> list[Any]:
 
 
 def init_params(key: jax.Array) -> list[jax.Array]:
-    """A freshly initialised network with one hidden layer: weights and biases."""
+    """Initialise the weights and biases of a network with one hidden layer."""
     keys, normal = jax.random.split(key), jax.nn.initializers.lecun_normal()
     hidden = normal(keys[0], (64, HIDDEN_UNITS))
     output = normal(keys[1], (HIDDEN_UNITS, 10))
@@ -62,7 +62,7 @@ def loss(params: list[jax.Array], images: Any, labels: Any) -> jax.Array:
 
 
 def train(rate: float, steps: int, seeds: int) -> Results:
-    """Trains a network per seed; scores iterate and averages on the way."""
+    """Train a network per seed; score the last iterate and the averages on the way."""
     (images, labels), validation, test = load_splits()
     weightings = {
         "uniform": asgd_optax.uniform_weighting(),
@@ -86,7 +86,7 @@ def train(rate: float, steps: int, seeds: int) -> Results:
         updates, opt_state = tx.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, key
 
-    @jax.jit  # the bounds are traced: compiled once for stretches of any length
+    @jax.jit  # the bounds are traced, so it compiles once
     def train_from_to(carry: Any, first: int, last: int) -> Any:
         every_seed = jax.vmap(train_step, in_axes=(0, None))
         return jax.lax.fori_loop(first, last, lambda n, c: every_seed(c, n), carry)
@@ -96,12 +96,12 @@ def train(rate: float, steps: int, seeds: int) -> Results:
     def evaluate(carry: Any, data: Any) -> dict[str, jax.Array]:
         params, opt_state, _ = carry
         readings = {"last iterate": params}
-        for name in weightings:  # each by the name of its link in the chain
+        for name in weightings:  # each has its name in the chain
             readings[name] = asgd_optax.averaged_params(opt_state[name], params)
         return {name: loss(p, *data) for name, p in readings.items()}
 
     carry, done, curves = jax.vmap(create)(jnp.arange(seeds)), 0, []
-    # Evenly spaced on the figure's logarithmic axis.
+    # Evenly spaced on a logarithmic axis.
     measured = np.unique(np.geomspace(1, steps, EVALUATIONS).round().astype(int))
     for step in tqdm(measured.tolist(), desc="training"):
         carry, done = train_from_to(carry, done, step), step
@@ -111,7 +111,7 @@ def train(rate: float, steps: int, seeds: int) -> Results:
 
 
 def draw(results: Results, output: Path) -> None:
-    """Draws the validation losses, mean over the seeds, on logarithmic axes."""
+    """Draw the validation losses, mean over seeds, on logarithmic axes."""
     plt.style.use(Path(__file__).with_name("style.mplstyle"))
     figure, axes = plt.subplots(figsize=(7, 4.2))
     for name, color in COLORS.items():
@@ -140,7 +140,7 @@ if __name__ == "__main__":
     parser = ArgumentParser(usage=SUPPRESS, description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, default=OUTPUT, help=f"default {OUTPUT}")
     output = parser.parse_args().output
-    try:  # now, not after the training; a picture that is there stays as it is
+    try:  # fail before training, and leave an existing figure as it is
         plt.savefig(io.BytesIO(), format=output.suffix[1:])
         output.parent.mkdir(parents=True, exist_ok=True)
         output.open("ab").close()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The code on the pages, for the tests that run it.
+"""Code blocks of the documentation, for the tests that run them.
 
-A page's ```python blocks run in order, from its own beginning; the README's each by
-itself. What is shown and cannot run is fenced as ```py.
+The ```python blocks of a page run in order, in one namespace; each block of the README
+has its own. Code that cannot run is fenced as ```py.
 """
 
 import ast
@@ -17,25 +17,25 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# In lists and in MyST's directives too, whose own fences are longer or of colons.
+# Also inside lists and MyST directives, whose fences are longer or made of colons.
 FENCE = re.compile(r"^( *)(`{3,})python\n(.*?)^\1\2 *$", re.MULTILINE | re.DOTALL)
 CORE = {"asgd_optax", "jax", "numpy", "optax"} | set(sys.stdlib_module_names)
 
 
 class Code(NamedTuple):
-    """A block, after as many empty lines as stand above it on its page."""
+    """A code block, and the number of lines above it on its page."""
 
     page: Path
     line: int
     text: str
 
     def compiled(self) -> types.CodeType:
-        """Errors name the page and its line."""
+        """Compile the block such that errors name the page and the line."""
         return compile("\n" * self.line + self.text, self.page, "exec")
 
 
 def blocks_of(page: Path) -> list[Code]:
-    """The blocks of a page that are to run."""
+    """Return the blocks of a page that are run."""
     text = page.read_text()
     return [
         Code(
@@ -48,7 +48,7 @@ def blocks_of(page: Path) -> list[Code]:
 
 
 def marks_of(blocks: list[Code]) -> list[pytest.MarkDecorator]:
-    """Markers for what the blocks import beyond the core's needs."""
+    """Return pytest markers for optional packages that the blocks import."""
     imported = set()
     for node in (n for block in blocks for n in ast.walk(ast.parse(block.text))):
         if isinstance(node, ast.Import):
@@ -65,13 +65,13 @@ def marks_of(blocks: list[Code]) -> list[pytest.MarkDecorator]:
 
 
 def readme_programs() -> list:
-    """What runs in a namespace of its own, as parameters of a test: each block."""
+    """Return the blocks of the README, one program each, as parameters of a test."""
     blocks = blocks_of(ROOT / "README.md")
     return as_parameters({f"README.md:{b.line + 1}": [b] for b in blocks})
 
 
 def page_programs() -> list:
-    """The same of the site: each page."""
+    """Return the pages of the site, one program each, as parameters of a test."""
     pages = sorted((ROOT / "docs").rglob("*.md"))
     return as_parameters({str(p.relative_to(ROOT)): blocks_of(p) for p in pages})
 
@@ -81,9 +81,9 @@ def as_parameters(programs: dict[str, list[Code]]) -> list:
 
 
 def run(blocks: list[Code], monkeypatch, tmp_path) -> None:
-    """Without an error or a warning; and what is to be evaluated with is finite."""
+    """Run a program; `evaluate_with` must be finite after every block."""
     module = types.ModuleType("page")
-    # Dataclasses and Flax's modules look for the module that they are defined in.
+    # Dataclasses and Flax modules look up the module in which they are defined.
     monkeypatch.setitem(sys.modules, "page", module)
     monkeypatch.chdir(tmp_path)
     for block in blocks:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's code runs as it stands there, and what holds of all pages.
+"""The README's code runs, and all pages follow their conventions.
 
-The code of the site's is run by `test_pages.py`.
+`test_pages.py` runs the code of the site's pages.
 """
 
 import ast
@@ -15,7 +15,7 @@ PROGRAMS = readme_programs() + page_programs()
 
 
 @pytest.mark.parametrize("blocks", readme_programs())
-def test_code(blocks, monkeypatch, tmp_path):
+def test_readme_code_runs(blocks, monkeypatch, tmp_path):
     run(blocks, monkeypatch, tmp_path)
 
 
@@ -25,8 +25,8 @@ def names_in(node, context):
 
 
 @pytest.mark.parametrize("blocks", PROGRAMS)
-def test_no_function_is_used_after_what_it_reads_was_bound_anew(blocks):
-    """JAX would go on with the trace of what was bound before."""
+def test_functions_are_not_called_after_their_globals_change(blocks):
+    """JAX would use the trace of the old values."""
     body = [node for block in blocks for node in ast.parse(block.text).body]
     for i, function in enumerate(body):
         if not isinstance(function, ast.FunctionDef):
@@ -44,16 +44,15 @@ def test_no_function_is_used_after_what_it_reads_was_bound_anew(blocks):
             changed |= names_in(node, ast.Store) & reads
 
 
-def test_every_block_is_found():
-    """Whatever opens as one is run, also where it does not close as it should."""
+def test_every_code_block_is_found():
+    """Blocks that are not closed properly count too."""
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     opened = sum(len(re.findall("`{3}python", page.read_text())) for page in pages)
     assert opened == sum(len(program.values[0]) for program in PROGRAMS)
 
 
-def test_gallery():
-    """There is a card for every lesson, and no other command."""
+def test_gallery_has_a_card_for_every_example():
     modules = ROOT.glob("examples/*.py")
-    lessons = {path.stem for path in modules if "__main__" in path.read_text()}
+    examples = {path.stem for path in modules if "__main__" in path.read_text()}
     gallery = (ROOT / "docs" / "gallery.md").read_text()
-    assert set(re.findall(r"^`python -m examples\.(\w+)`$", gallery, re.M)) == lessons
+    assert set(re.findall(r"^`python -m examples\.(\w+)`$", gallery, re.M)) == examples

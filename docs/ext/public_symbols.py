@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A build fails that lacks an entry for a public symbol."""
+"""Fail the build if a public symbol has no entry in the documentation."""
 
 import ast
 from collections.abc import Iterator
@@ -14,14 +14,16 @@ logger = logging.getLogger(__name__)
 
 
 def public_symbols(package: Path = PACKAGE) -> Iterator[str]:
-    """What type checkers take for public: `from x import y as y`, and what is defined.
+    """Yield the public symbols of all public modules, at any depth.
 
-    Read and not imported, so that no module needs what it imports.
+    As for type checkers, these are definitions and `from x import y as y`. The sources
+    are parsed, not imported, so no optional dependency is needed.
     """
-    for path in sorted(package.glob("*.py")):
-        if path.stem.startswith("_") and path.stem != "__init__":
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package.parent).with_suffix("").parts
+        parts = parts[:-1] if parts[-1] == "__init__" else parts
+        if any(part.startswith("_") for part in parts):
             continue
-        module = f"{package.name}.{path.stem}".removesuffix(".__init__")
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 names = [node.name]
@@ -29,17 +31,17 @@ def public_symbols(package: Path = PACKAGE) -> Iterator[str]:
                 names = [a.name for a in node.names if a.name == a.asname]
             else:
                 continue
-            yield from (f"{module}.{n}" for n in names if not n.startswith("_"))
+            yield from (".".join([*parts, n]) for n in names if not n.startswith("_"))
 
 
 def check(app: Sphinx, env: BuildEnvironment) -> None:
-    """Warns of each missing one; `-W` makes the warning an error."""
+    """Warn of each symbol without an entry; `-W` turns the warning into an error."""
     documented = {name for name, *_ in env.domains["py"].get_objects()}
     for symbol in sorted(set(public_symbols()) - documented):
-        logger.warning("%s is public and stands on no page", symbol)
+        logger.warning("%s is public but not documented on any page", symbol)
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """For Sphinx."""
+    """Connect the check to Sphinx."""
     app.connect("env-check-consistency", check)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Links and files are the repository's: each works on the site as it does there.
+"""Make links between files of the repository work on the site too.
 
-A link to a file that a page includes leads to that page, one to any other file to a
-copy of it; and links in an included file are relative to that file.
+A link to a file that a page includes leads to that page. A link to any other file leads
+to a copy of it. Links in an included file are relative to that file.
 """
 
 import os
@@ -18,7 +18,7 @@ INCLUDE = re.compile(r"^[`:]{3,}\{include\} (\S+)$", re.MULTILINE)
 
 
 def pages_of_files(source: Path) -> dict[Path, str]:
-    """The page, by its Sphinx name, of each file that one includes."""
+    """Return the Sphinx name of the page that includes each included file."""
     pages = {}
     for page in source.rglob("*.md"):
         name = page.relative_to(source).with_suffix("").as_posix()
@@ -28,12 +28,12 @@ def pages_of_files(source: Path) -> dict[Path, str]:
 
 
 class RepositoryLinks(SphinxTransform):
-    """Before downloads are collected and MyST looks for what links name."""
+    """Runs before Sphinx collects downloads and MyST resolves its references."""
 
     default_priority = 500
 
     def apply(self) -> None:
-        """Resolves the links that MyST took for none of a page's."""
+        """Resolve links to files that are not pages."""
         pages = pages_of_files(Path(self.env.srcdir))
         for node in list(self.document.findall(addnodes.pending_xref)):
             file, fragment = self.target(node)
@@ -48,11 +48,11 @@ class RepositoryLinks(SphinxTransform):
                 self.serve(node, file)
 
     def target(self, node: nodes.Element) -> tuple[Path | None, str]:
-        """The file that a link of MyST names and is no page, and what follows the #."""
+        """Return the file that a MyST link names (None for a page) and the fragment."""
         if node.get("reftype") != "myst" or node["reftarget"] in self.env.found_docs:
             return None, ""
         path = node["reftarget"]
-        if node["refdomain"] == "doc":  # outside of docs/; MyST took the suffix off
+        if node["refdomain"] == "doc":  # outside docs/, where MyST removed the suffix
             path, fragment = path + ".md", node["reftargetid"]
         else:
             path, _, fragment = path.partition("#")
@@ -60,7 +60,7 @@ class RepositoryLinks(SphinxTransform):
         return (file if path and file.is_file() else None), fragment
 
     def serve(self, node: nodes.Element, file: Path) -> None:
-        """A copy of the file goes into the site, and the link to it."""
+        """Copy the file into the site and link to the copy."""
         folder = Path(self.env.doc2path(self.env.docname)).parent
         target = os.path.relpath(file, folder)
         node.replace_self(
@@ -71,6 +71,6 @@ class RepositoryLinks(SphinxTransform):
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """For Sphinx."""
+    """Add the transform to Sphinx."""
     app.add_transform(RepositoryLinks)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
