@@ -50,8 +50,8 @@ def track_iterates(statistic: Any) -> optax.GradientTransformationExtraArgs:
       >>> import jax, jax.numpy as jnp, optax
       >>> from asgd_optax import Statistic, track_iterates
       >>> def init(tree):
-      ...     zeros = jax.tree.map(jnp.zeros_like, tree)
-      ...     return {"n": jnp.zeros((), jnp.int32), "mean": zeros, "squares": zeros}
+      ...     zeros = lambda: jax.tree.map(jnp.zeros_like, tree)
+      ...     return {"n": jnp.zeros((), "int32"), "mean": zeros(), "squares": zeros()}
       >>> def update(state, tree):
       ...     n = state["n"] + 1
       ...     mean = jax.tree.map(lambda m, p: m + (p - m) / n, state["mean"], tree)
