@@ -47,8 +47,17 @@ class Row(NamedTuple):
         return self.factory(**{**self.hyperparameters, **self.options, **changed})
 
 
-def _uniform(learning_rate, start=1, **options):
-    average = average_iterates(uniform_weighting(), start=start, **options)
+# `optax.inject_hyperparams` reads these signatures: arguments must be named.
+
+
+def _uniform(learning_rate, every=1, compensated=False, accumulator_dtype=None):
+    average = average_iterates(
+        uniform_weighting(),
+        start=1,
+        every=every,
+        compensated=compensated,
+        accumulator_dtype=accumulator_dtype,
+    )
     return optax.chain(optax.sgd(learning_rate), average)
 
 
@@ -74,9 +83,11 @@ def _plain_ema(learning_rate, decay, every=1):
     return optax.chain(optax.sgd(learning_rate), average)
 
 
-def _nt_asgd(**hyperparameters):
+def _nt_asgd(learning_rate, lambd, alpha, weight_decay):
     """Return `nt_asgd` with rising losses, so that the third update triggers it."""
-    tx = nt_asgd(nonmono=1, **hyperparameters)
+    tx = nt_asgd(
+        learning_rate, nonmono=1, lambd=lambd, alpha=alpha, weight_decay=weight_decay
+    )
 
     def update(updates, state, params=None, **extra):
         return tx.update(updates, state, params, validation_loss=state.step, **extra)
@@ -84,8 +95,8 @@ def _nt_asgd(**hyperparameters):
     return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
-def _random_scaling(learning_rate, start=1):
-    return optax.chain(optax.sgd(learning_rate), track(start))
+def _random_scaling(learning_rate):
+    return optax.chain(optax.sgd(learning_rate), track(start=1))
 
 
 _SGD = {"learning_rate": 0.3}
