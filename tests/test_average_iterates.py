@@ -218,34 +218,24 @@ def test_average_equals_scikit_learns_averaged_sgd_regression():
 
     x, y = load_diabetes(return_X_y=True)
     x, y = x / x.std(axis=0), (y - y.mean()) / y.std()
-    learning_rate, passes = 0.01, 2
-    sklearns = SGDRegressor(
-        average=True,
-        learning_rate="constant",
-        eta0=learning_rate,
-        penalty=None,
-        shuffle=False,
-        tol=None,
-        max_iter=passes,
-    ).fit(x, y)
+    options = {"learning_rate": "constant", "eta0": 0.01, "penalty": None}
+    options |= {"shuffle": False, "tol": None, "max_iter": 2}
+    sklearns = SGDRegressor(average=True, **options).fit(x, y)
 
-    def loss(params, sample):
-        x, y = sample
-        return (y - x @ params["coef"] - params["intercept"]) ** 2 / 2
-
-    tx = optax.chain(optax.sgd(learning_rate), average_iterates())
+    tx = optax.chain(optax.sgd(0.01), average_iterates())
+    loss = lambda w, x, y: (y - x @ w) ** 2 / 2  # noqa: E731
 
     def body(carry, sample):
-        grads = jax.grad(loss)(carry[0], sample)
+        grads = jax.grad(loss)(carry[0], *sample)
         return train_step(tx, *carry, grads), None
 
     with enable_x64(True):
-        params = {"coef": jnp.zeros(x.shape[1]), "intercept": jnp.zeros(())}
-        samples = (np.tile(x, (passes, 1)), np.tile(y, passes))
+        samples = np.tile(np.c_[x, np.ones(len(x))], (2, 1)), np.tile(y, 2)
+        params = jnp.zeros(x.shape[1] + 1)  # the last one is the intercept
         (_, state), _ = jax.lax.scan(body, (params, tx.init(params)), samples)
         ours = averaged_params(state)
-    np.testing.assert_allclose(ours["coef"], sklearns.coef_, rtol=1e-12)
-    np.testing.assert_allclose(ours["intercept"], sklearns.intercept_[0], rtol=1e-12)
+    expected = np.append(sklearns.coef_, sklearns.intercept_)
+    np.testing.assert_allclose(ours, expected, rtol=1e-12)
 
 
 def special_numbers(dtype):

@@ -192,21 +192,6 @@ def test_update_mean_accepts_a_weight_rounded_above_one(compensated):
 
 
 @pytest.mark.parametrize("jitted", [False, True])
-def test_update_accepts_numpy_and_python_numbers(jitted):
-    tx = optax.chain(average_iterates(), asgd(0.5, lambd=0.0, t0=np.inf))
-    params = {"a": 1.0, "b": np.float64(2.0), "c": np.ones(2)}
-    with jax.disable_jit(not jitted):
-        updates, state = tx.update(params, tx.init(params), params)
-    for found, factor in (
-        (updates, -0.5),
-        (state[1].ax, 0.5),
-        (state[0].average, 2.0),
-    ):
-        for leaf, param in zip(*map(jax.tree.leaves, (found, params)), strict=True):
-            np.testing.assert_array_equal(leaf, factor * np.asarray(param))
-
-
-@pytest.mark.parametrize("jitted", [False, True])
 def test_init_copies_the_params(jitted):
     params = {"jax": jnp.ones(3), "numpy": np.ones(3, np.float32)}
     with jax.disable_jit(not jitted):

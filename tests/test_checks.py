@@ -133,14 +133,6 @@ def test_injected_hyperparameters_may_be_16_bit_where_precision_does_not_matter(
     assert int(state.inner_state.step) == 1
 
 
-def test_injected_hyperparameter_is_checked_in_every_update():
-    tx = optax.inject_hyperparams(asgd)(learning_rate=0.1)
-    state = tx.init(PARAMS)
-    state.hyperparams["lambd"] = jnp.asarray(-1.0)
-    with pytest.raises(ValueError, match="lambd"):
-        tx.update(PARAMS, state, PARAMS)
-
-
 def test_concrete_array_is_checked_inside_a_trace():
     """JAX would trace whatever is computed from it."""
     value, negative = jnp.asarray(0.5), jnp.asarray(-0.5)

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rules of other JAX libraries on docs/guides/coming_from.md, and our lines.
 
-Each rule is float64 NumPy, as its project computes it. Installed libraries are compared
-directly too; tests/live has PyTorch's and Keras's.
+Installed libraries are compared directly; tests/live has PyTorch's and Keras's. The
+rules of the others are float64 NumPy, as their projects compute them.
 """
 
-import itertools
 import math
 
 import jax
@@ -57,24 +56,6 @@ def adam_ema(iterates, decay=DECAY):
     """Average from zeros, debiased."""
     for step, average in enumerate(zero_ema(iterates, decay), 1):
         yield average / (1 - decay**step)
-
-
-def incremental_update(iterates, step_size=0.005):
-    """Update a target network as in reinforcement learning."""
-    average = iterates[0]
-    for p in iterates[1:]:
-        average = step_size * p + (1 - step_size) * average
-        yield average
-
-
-def haiku_warmup(iterates, decay=DECAY, warmup_length=10):
-    """Use decay 0 while a counter that starts at -warmup_length is not positive."""
-    average, counter = np.zeros_like(iterates[0]), -warmup_length
-    for p in iterates[1:]:
-        counter += 1
-        d = 0.0 if counter <= 0 else decay
-        average = average * d + p * (1 - d)
-        yield average
 
 
 def kauldron(iterates, decay=DECAY):
@@ -129,15 +110,9 @@ def by_masses(masses):
 
 
 RULES = {
-    "nnx_ema": (ema, lambda: plain(DECAY)),
     "nnx_ema_every": (
         ema_every,
         lambda: plain(DECAY, every=EVERY, include_start=True),
-    ),
-    "optax_ema": (adam_ema, lambda: debiased(DECAY)),
-    "incremental_update": (
-        incremental_update,
-        lambda: average_iterates(lambda n: 5e-3),
     ),
     "kauldron": (
         kauldron,
@@ -150,12 +125,6 @@ RULES = {
         levanter,
         lambda: by_masses(np.array([levanter_masses(t) for t in range(STEPS)])),
     ),
-    # After the end of the table its last weight is used: here 0.
-    "levanter_sqrt_short": (
-        levanter,
-        lambda: by_masses(np.array([levanter_masses(t) for t in range(SWITCH + 31)])),
-    ),
-    "haiku_warmup": (haiku_warmup, lambda: plain(DECAY, start=10)),
     "keras": (keras, lambda: plain(DECAY, start=1)),
 }
 
@@ -227,29 +196,3 @@ def test_average_iterates_equals_optax_periodic_update():
         for step, (p, average) in enumerate(zip(followed, averages, strict=True), 1):
             target = update(p, target, jnp.array(step), EVERY)
             np.testing.assert_array_equal(average, target)
-
-
-if coming_from.installed("flax.nnx.training.ema"):
-
-    @pytest.mark.flax
-    def test_running_average_equals_nnx_ema_of_a_whole_state():
-        from flax import nnx
-
-        class Model(nnx.Module):
-            def __init__(self):
-                self.w = nnx.Param(jnp.asarray(ITERATES[0]))
-                self.mean = nnx.BatchStat(jnp.asarray(ITERATES[1]))
-
-        with enable_x64(True):
-            model = Model()
-            theirs = nnx.EMA(model, DECAY)
-            ours = running_average(exponential_weighting(DECAY, debias=False))
-            state = ours.init(nnx.state(model))
-            for w, mean in itertools.pairwise(ITERATES):
-                model.w[...], model.mean[...] = jnp.asarray(w), jnp.asarray(mean)
-                theirs.update(model)
-                state = ours.update(state, nnx.state(model))
-                found, expected = map(
-                    jax.tree.leaves, (ours.value(state), theirs.params)
-                )
-                np.testing.assert_allclose(found, expected, **CLOSE)

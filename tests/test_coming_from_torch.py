@@ -296,35 +296,6 @@ def test_line_of_the_page_follows_the_rule(name):
     assert largest_difference(actual, iterates[1:]) > 1e-2
 
 
-def test_line_for_half_life_and_start_differs_from_torchtitan_at_the_start_only():
-    """torchtitan keeps 2^(-1/h) of p(0) at s, and its square at the next update."""
-    iterates = random_walk()
-    expected = rule_averages(
-        [torchtitan(t, k=1, h=0.05, s=7) for t in range(1, STEPS + 1)], iterates
-    )
-    with enable_x64(True):
-        row = ROWS["torchtitan, half-life"]._replace(
-            line="average_iterates(lambda n: 1 - 2 ** (-1 / (h * (n - 1))),"
-            " start=s, every=k, include_start=True)",
-            arguments={"h": 0.05, "k": 1, "s": 7},
-        )
-        actual = our_averages(row.ours(), iterates)
-    assert largest_difference(actual, expected, 7) <= 2**-20
-    assert largest_difference(actual, expected, 9) <= TOLERANCE
-
-
-@pytest.mark.parametrize("anneal", SWALR)
-def test_schedule_of_the_page_follows_swalr(anneal):
-    lr, swa_lr, A = 0.7, 0.05, 25  # noqa: N806
-    t = np.minimum(1, np.arange(STEPS) / A)
-    alpha = (1 - np.cos(np.pi * t)) / 2 if anneal == "cos" else t
-    with enable_x64(True):
-        names = {"optax": optax, "lr": lr, "swa_lr": swa_lr, "A": A}
-        schedule = eval(SWALR[anneal], names)
-        found = [schedule(jnp.asarray(n)) for n in range(STEPS)]
-    np.testing.assert_allclose(found, swa_lr * alpha + lr * (1 - alpha), rtol=TOLERANCE)
-
-
 def test_page_shows_the_tested_lines():
     guides = Path(__file__).parents[1] / "docs" / "guides"
     page = "".join(path.read_text() for path in guides.glob("coming_from*.md"))

@@ -94,31 +94,6 @@ def test_interval_equals_its_definition(dtype):
             np.testing.assert_allclose((upper + lower) / 2, mean, rtol=atol)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_interval_of_linear_functions_equals_that_of_the_full_matrix(dtype):
-    rng = np.random.default_rng(0)
-    n, d = 400, 4
-    with precision_of(dtype):
-        counts = np.arange(1, n + 1)[:, None]
-        correlated = np.cumsum(rng.standard_normal((n, d)), axis=0) / counts
-        iterates = jnp.asarray(2 + correlated, dtype)
-        rows = jnp.asarray([[1, -1, 0, 0], [0.5, 0.5, -2, 3], [0, 0, 0, 1]], dtype)
-        state = feed({"rows": jnp.einsum("ij, tj -> ti", rows, iterates)})
-        exact, r = np.asarray(iterates, float), np.asarray(rows, float)
-        averages = np.cumsum(exact, axis=0) / counts
-        steps = counts * (averages - averages[-1])
-        v = steps.T @ steps / n**2
-        assert np.abs(v - np.diag(np.diag(v))).max() > 0.1 * np.diag(v).max()
-        half = PUBLISHED[0.90] * np.sqrt(np.diag(r @ v @ r.T) / n)
-        eps = float(jnp.finfo(dtype).eps)
-        ends = confidence_interval(state, 0.9)
-        lower, upper = (np.asarray(end["rows"], float) for end in ends)
-        np.testing.assert_allclose((upper - lower) / 2, half, rtol=1e-4 + 100 * eps)
-        np.testing.assert_allclose(
-            (upper + lower) / 2, r @ averages[-1], rtol=0, atol=100 * eps
-        )
-
-
 @pytest.mark.parametrize(
     ("dtypes", "start"), [(["float16", "bfloat16", "float32"], 4), (["float64"], 0)]
 )

@@ -10,8 +10,8 @@ from examples import pod_plan
 from tests.compiled_rows import compile_row
 from tests.transformations import ROWS
 
-# Half a gigabyte of float32. The compiler may prefetch a smaller leaf into vector memory
-# and then counts its bytes several times.
+# Half a gigabyte of float32. The compiler may prefetch a smaller leaf into vector
+# memory, and then counts its bytes several times.
 SIZE = 2**27
 
 over_generations = pytest.mark.parametrize(
