@@ -46,10 +46,8 @@ def spread(values, mesh, spec):
 
 
 def batch(mesh, step):
-    x, y = np.random.default_rng((1, step)).standard_normal((2, 8, 4), np.float32)
-    return spread(x, mesh, PartitionSpec("data")), spread(
-        y, mesh, PartitionSpec("data")
-    )
+    xy = np.random.default_rng((1, step)).standard_normal((2, 8, 4), np.float32)
+    return [spread(values, mesh, PartitionSpec("data")) for values in xy]
 
 
 def start(mesh):
@@ -87,14 +85,6 @@ def save(folder, step, params, state):
         manager.save(step, args=ocp.args.StandardSave((params, state)))
 
 
-def restore(folder, mesh):
-    """Return the newest saved step, and params and state sharded over this mesh."""
-    abstract = jax.tree.map(ocp.tree.to_shape_dtype_struct, start(mesh))
-    with ocp.CheckpointManager(folder) as manager:
-        step = manager.latest_step()
-        return step, manager.restore(step, args=ocp.args.StandardRestore(abstract))
-
-
 def gathered(params, state):
     """Return params, state and average as NumPy arrays in every process."""
     everything = (params, state, averaged_params(state, params))
@@ -110,35 +100,32 @@ def write(path, values):
 
 def merge(folder, mesh):
     """Average both checkpoints onto this mesh, and the params alone on the host."""
-    paths = [folder / name / str(SAVED) for name in ("of_one", "of_two")]
+    paths = [folder / str(step) for step in (SAVED, STEPS)]
     like = jax.tree.map(ocp.tree.to_shape_dtype_struct, start(mesh))
     merged = average_checkpoints(paths, MERGED, like=like)
     for leaf, target in zip(*map(jax.tree.leaves, (merged, like)), strict=True):
         assert leaf.sharding == target.sharding
     params = average_checkpoints(paths, MERGED, part="0")
     assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(params))
-    for name, leaf in gathered(*merged)[0].items():
+    merged = gathered(*merged)
+    for name, leaf in merged[0].items():
         # The two sums have different precisions.
         np.testing.assert_allclose(params[name], leaf, rtol=1e-6)
     return merged
 
 
 def main(port, rank, folder):
-    """Train and save; then resume from what a single process has saved."""
+    """Train, save twice and average the two checkpoints."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", PROCESSES, int(rank))
     mesh, folder = mesh_of((PROCESSES, DEVICES)), pathlib.Path(folder)
-    params, state = train(*start(mesh), mesh, range(SAVED))
-    write(folder / "at_save.npz", gathered(params, state))
-    save(folder / "of_two", SAVED, params, state)
-    params, state = train(params, state, mesh, range(SAVED, STEPS))
-    write(folder / "trained.npz", gathered(params, state))
-    write(folder / "merged.npz", gathered(*merge(folder, mesh)))
-    _, (params, state) = restore(folder / "of_one", mesh)
-    write(folder / "restored.npz", gathered(params, state))
-    params, state = train(params, state, mesh, range(SAVED, STEPS))
-    write(folder / "resumed.npz", gathered(params, state))
+    run = start(mesh)
+    for first, last in ((0, SAVED), (SAVED, STEPS)):
+        run = train(*run, mesh, range(first, last))
+        save(folder / "checkpoints", last, *run)
+        write(folder / f"{last}.npz", gathered(*run))
+    write(folder / "merged.npz", merge(folder / "checkpoints", mesh))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from asgd_optax import asgd, nt_asgd
+from asgd_optax import asgd
 from tests.support import bits, random_tree, train_step
 from tests.transformations import ROWS
 
@@ -82,17 +82,3 @@ def test_restored_state_can_be_updated_eagerly(way, tmp_path):
     grads = gradients(3, "bfloat16")
     expected = train_step(tx, params, state, grads)
     assert bits(train_step(tx, *restored, grads)) == bits(expected)
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_nt_asgd_restored_before_its_trigger_triggers_at_the_same_loss(way, tmp_path):
-    losses = [4.0, 3.0, 3.5, 2.0, 2.5, 3.2, 1.0]  # 3.2 is above the lowest but two
-    tx, params = chain(nt_asgd(0.1, nonmono=2)), tree(0, "float32")
-    state, flags = tx.init(params), []
-    for step, loss in enumerate(losses):
-        if step == 3:
-            state = way(state, tx.init(params), tmp_path)
-        grads = gradients(step, "float32")
-        _, state = tx.update(grads, state, params, validation_loss=loss)
-        flags.append(bool(state[1].triggered))
-    assert flags == [False] * 5 + [True] * 2

@@ -11,7 +11,6 @@ import numpy as np
 import optax
 from jax import export
 
-from asgd_optax import ASGDState, CompensatedMean, asgd
 from tests import export_worker
 from tests.support import bits, random_tree, train_step
 from tests.transformations import ROWS
@@ -60,23 +59,3 @@ def test_exported_step_resumes_bitwise_in_another_process(tmp_path):
 
 def bytes_of(tree):
     return [data for _, _, data in bits(tree)]
-
-
-@functools.cache
-def register_states():
-    """Register our states once: JAX raises an error if they are registered again."""
-    for state in (ASGDState, CompensatedMean):
-        name = f"asgd_optax.{state.__name__}"
-        export.register_namedtuple_serialization(state, serialized_name=name)
-
-
-def test_exported_step_returns_registered_states():
-    register_states()
-    tx = asgd(0.3, t0=0, compensated=True)
-    step = jax.jit(functools.partial(train_step, tx))
-    params = random_tree(0, "float32")
-    arguments = params, tx.init(params), random_tree(1, "float32")
-    serialized = export.export(step)(*arguments).serialize()
-    found, expected = export.deserialize(serialized).call(*arguments), step(*arguments)
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    assert bits(found) == bits(expected)

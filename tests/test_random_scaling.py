@@ -278,22 +278,6 @@ def test_interval_keeps_masked_leaves_masked():
     assert bool(jnp.all(lower["w"] < upper["w"]))
 
 
-@pytest.mark.flax
-def test_interval_reads_the_state_of_an_nnx_optimizer():
-    from flax import nnx
-
-    model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
-    optimizer = nnx.Optimizer(model, optax.chain(track()), wrt=nnx.Param)
-    for n in range(3):
-        updates = jax.tree.map(lambda p, n=n: p + n, nnx.state(model, nnx.Param))
-        optimizer.update(model, updates)
-    lower, upper = map(nnx.to_pure_dict, confidence_interval(optimizer.opt_state))
-    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    average = averaged_params(optimizer.opt_state, params)
-    inside = jax.tree.map(lambda a, b, c: (a < b) & (b < c), lower, average, upper)
-    assert all(bool(jnp.all(x)) for x in jax.tree.leaves(inside))
-
-
 def test_interval_needs_one_state():
     with pytest.raises(ValueError, match="state"):
         confidence_interval(asgd().init(PARAMS))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`running_average` against `numpy.average`, eager, jitted and in a scan."""
+"""`running_average` against `numpy.average`, jitted and in a scan."""
 
 import chex
 import jax
@@ -121,27 +121,3 @@ def test_update_names_the_leaf_that_differs_from_the_first_tree(tree, error, lea
     state = mean.init({"w": jnp.ones(2), "n": jnp.int32(0)})
     with pytest.raises(error, match=leaf):
         mean.update(state, tree)
-
-
-@pytest.mark.flax
-def test_running_average_of_a_whole_nnx_state():
-    from flax import nnx
-
-    class Net(nnx.Module):
-        def __init__(self, rngs):
-            self.linear = nnx.Linear(2, 3, rngs=rngs)
-            self.norm = nnx.BatchNorm(3, rngs=rngs)
-            self.dropout = nnx.Dropout(0.5, rngs=rngs)
-
-        def __call__(self, x):
-            return self.dropout(self.norm(self.linear(x)))
-
-    model, mean = Net(nnx.Rngs(0)), running_average()
-    graph, first = nnx.split(model)
-    state = mean.init(first)
-    for n in range(4):
-        model(jnp.full((5, 2), float(n)))
-        state = mean.update(state, nnx.state(model))
-    averaged = nnx.merge(graph, mean.value(state))
-    assert int(averaged.dropout.rngs.count[...]) == 4
-    assert averaged(jnp.ones((5, 2))).shape == (5, 3)
