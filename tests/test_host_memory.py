@@ -18,9 +18,6 @@ from tests.transformations import ROWS
 
 STEPS = 4
 
-# The names of the averages in the states of the rows.
-FIELDS = ("ax", "average")
-
 each_row = pytest.mark.parametrize(
     "row",
     # Random scaling reads its arrays outside of the averaging kernel, too. The others
@@ -41,19 +38,11 @@ def to_host(x):
 def placed(state):
     """Return `state` with its average in host memory, also inside a chain."""
 
-    def is_averaging(node):
-        return any(hasattr(node, field) for field in FIELDS)
+    def place(path, x):
+        names = {getattr(key, "name", None) for key in path}
+        return to_host(x) if names & {"ax", "average"} else x
 
-    def place(node):
-        (field,) = (f for f in FIELDS if hasattr(node, f))
-        average = jax.tree.map(to_host, getattr(node, field))
-        return node._replace(**{field: average})
-
-    return jax.tree.map(
-        lambda node: place(node) if is_averaging(node) else node,
-        state,
-        is_leaf=is_averaging,
-    )
+    return jax.tree_util.tree_map_with_path(place, state)
 
 
 def kinds(tree):
