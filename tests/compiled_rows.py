@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A row's step as a TPU's or a GPU's compiler makes it, and what it has to be."""
+"""The compiled step of a row on TPUs or GPUs, and the bytes it should move."""
 
 import jax
 
 from benchmarks import compilers
 
-# The least bytes a parameter that a step moves, by how many arrays of its shape the
-# state has: the gradient is read, the parameter and those arrays, all float32, are read
-# and written.
+# The least bytes per parameter that a step can move, by the number of arrays in the
+# state: it reads the gradient, and reads and writes the parameter and those arrays.
 LEAST_BYTES = {
     "float32": {1: 20, 2: 28, 5: 52},
     "bfloat16": {1: 14, 2: 22, 5: 46},
@@ -15,11 +14,11 @@ LEAST_BYTES = {
 
 
 def compile_row(row, dtype, target, size):
-    """The donated step of one leaf.
+    """Compile the donated step of one leaf.
 
     Returns:
-      The step; the least bytes that it moves; the bytes that one between moves, of a
-      row with `every`, None of others; its kernels.
+      The step; the least bytes that it can move; for a row with `every`, the bytes of
+      a step between two averaged iterates, else None; the number of its kernels.
     """
     tx, params = row.make(), compilers.leaf(target, dtype, size)
     state = compilers.state_like(tx, params)
@@ -28,6 +27,6 @@ def compile_row(row, dtype, target, size):
     assert shapes.count(params.shape) == row.arrays
     least, width = LEAST_BYTES[dtype][row.arrays], params.dtype.itemsize
     if "every" in row.options:
-        # A second kernel, a branch's, reads the iterate that the first wrote.
+        # The kernel of a branch reads the iterate that the first kernel wrote.
         return step, (least + width) * size, 3 * width * size, 2
     return step, least * size, None, 1

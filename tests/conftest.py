@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings that have to be made before jax is imported."""
+"""Settings that must be made before jax is imported, and the option `--no-skips`."""
 
 import os
 
-# Sharding is tested on eight devices of one CPU.
+# The sharding tests need eight devices; XLA splits one CPU into them.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
@@ -15,14 +15,14 @@ hypothesis.settings.load_profile("tests")
 
 
 def pytest_addoption(parser):
-    """`--no-skips`, for runs that are to show something of every test."""
+    """Add `--no-skips`, with which a skipped test fails the run."""
     parser.addoption("--no-skips", action="store_true", help="a skipped test fails")
 
 
 def pytest_sessionfinish(session):
-    """A run with skipped tests has failed, where it is told so."""
+    """Fail the run if a test was skipped and `--no-skips` is given."""
     if session.config.getoption("--no-skips"):
         reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-        # The workers of pytest-xdist have none.
+        # The workers of pytest-xdist have no reporter.
         if reporter and reporter.stats.get("skipped"):
             session.exitstatus = 1

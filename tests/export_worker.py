@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Goes on with an exported train step, for `test_export.py`.
+"""Resume training with an exported train step, for `test_export.py`.
 
     python tests/export_worker.py FOLDER
 
-takes the leaves of given.npz, and then its data step by step, through the program in
-the folder, and writes the leaves that come out to result.npz. Run as a script: JAX and
-NumPy are to be at hand, and nothing else that could help.
+reads leaves and data from given.npz, passes them step by step through the program in
+the folder and writes the final leaves to result.npz. It runs as a script, so that only
+JAX and NumPy can be imported.
 """
 
 import pathlib
@@ -21,7 +21,7 @@ def main(folder: pathlib.Path) -> None:
     step = jax.jit(exported.call)
     with np.load(folder / "given.npz") as arrays:
         *leaves, data = arrays.values()
-    # NumPy's files do not know bfloat16; the program does.
+    # npz files do not keep bfloat16, but the program does.
     *avals, _ = exported.in_avals
     leaves = [x.view(aval.dtype) for x, aval in zip(leaves, avals, strict=True)]
     for x in data:

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training on any mesh of any number of processes, for `test_processes.py`.
+"""Training on a mesh over two processes, for `test_processes.py`.
 
-    python -m tests.process_worker PORT RANK FOLDER train|hang
+    python -m tests.process_worker PORT RANK FOLDER
 
-is one of two processes, each of which has the devices that XLA_FLAGS gives it.
+is one of two processes. XLA_FLAGS sets the number of its devices.
 """
 
 import pathlib
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +21,9 @@ from asgd_optax import asgd, averaged_params
 from asgd_optax.checkpoints import average_checkpoints
 
 PROCESSES = 2
-DEVICES = 2  # of each
+DEVICES = 2  # per process
 SAVED, STEPS = 4, 7
-MERGED = (-0.75, 1.75)  # how much of what one has saved, and of what two have
+MERGED = (-0.75, 1.75)  # coefficients of the two checkpoints
 SHAPES = {"first": (4, 8), "second": (8, 4), "bias": (8,)}
 SPECS = {
     "first": PartitionSpec("data", "model"),
@@ -41,20 +40,18 @@ def mesh_of(shape):
 
 
 def spread(values, mesh, spec):
-    """The array, of which each process has its own devices' part."""
+    """Return a global array, of which each process holds its devices' shards."""
     sharding = NamedSharding(mesh, spec)
     return jax.make_array_from_callback(values.shape, sharding, values.__getitem__)
 
 
 def batch(mesh, step):
-    x, y = np.random.default_rng((1, step)).standard_normal((2, 8, 4), np.float32)
-    return spread(x, mesh, PartitionSpec("data")), spread(
-        y, mesh, PartitionSpec("data")
-    )
+    xy = np.random.default_rng((1, step)).standard_normal((2, 8, 4), np.float32)
+    return [spread(values, mesh, PartitionSpec("data")) for values in xy]
 
 
 def start(mesh):
-    """Params and state before the first step."""
+    """Return params and state before the first step."""
     rng = np.random.default_rng(0)
     params = {
         name: spread(rng.standard_normal(shape, np.float32), mesh, SPECS[name])
@@ -78,7 +75,7 @@ def train(params, state, mesh, steps):
 
     step = jax.jit(step, donate_argnums=(0, 1), out_shardings=shardings)
     for n in steps:
-        # One step at a time: the collectives of several can lock the CPU's threads.
+        # One step at a time: the collectives of several can deadlock on the CPU.
         params, state = jax.block_until_ready(step(params, state, *batch(mesh, n)))
     return params, state
 
@@ -88,16 +85,8 @@ def save(folder, step, params, state):
         manager.save(step, args=ocp.args.StandardSave((params, state)))
 
 
-def restore(folder, mesh):
-    """The newest step that was saved, and what, in the layout of this mesh."""
-    abstract = jax.tree.map(ocp.tree.to_shape_dtype_struct, start(mesh))
-    with ocp.CheckpointManager(folder) as manager:
-        step = manager.latest_step()
-        return step, manager.restore(step, args=ocp.args.StandardRestore(abstract))
-
-
 def gathered(params, state):
-    """Params, state and average as NumPy arrays, in every process."""
+    """Return params, state and average as NumPy arrays in every process."""
     everything = (params, state, averaged_params(state, params))
     return jax.tree.map(
         lambda x: multihost_utils.process_allgather(x, tiled=True), everything
@@ -110,67 +99,33 @@ def write(path, values):
 
 
 def merge(folder, mesh):
-    """What both have saved, averaged onto this mesh; and the params alone, on hosts."""
-    paths = [folder / name / str(SAVED) for name in ("of_one", "of_two")]
+    """Average both checkpoints onto this mesh, and the params alone on the host."""
+    paths = [folder / str(step) for step in (SAVED, STEPS)]
     like = jax.tree.map(ocp.tree.to_shape_dtype_struct, start(mesh))
     merged = average_checkpoints(paths, MERGED, like=like)
     for leaf, target in zip(*map(jax.tree.leaves, (merged, like)), strict=True):
         assert leaf.sharding == target.sharding
     params = average_checkpoints(paths, MERGED, part="0")
     assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(params))
-    for name, leaf in gathered(*merged)[0].items():
-        # The sums are made in another precision.
+    merged = gathered(*merged)
+    for name, leaf in merged[0].items():
+        # The two sums have different precisions.
         np.testing.assert_allclose(params[name], leaf, rtol=1e-6)
     return merged
 
 
-def train_and_exchange(folder, mesh):
-    """Trains and saves in the middle; goes on from what one process has saved."""
-    params, state = train(*start(mesh), mesh, range(SAVED))
-    write(folder / "at_save.npz", gathered(params, state))
-    save(folder / "of_two", SAVED, params, state)
-    params, state = train(params, state, mesh, range(SAVED, STEPS))
-    write(folder / "trained.npz", gathered(params, state))
-    write(folder / "merged.npz", gathered(*merge(folder, mesh)))
-    _, (params, state) = restore(folder / "of_one", mesh)
-    write(folder / "restored.npz", gathered(params, state))
-    params, state = train(params, state, mesh, range(SAVED, STEPS))
-    write(folder / "resumed.npz", gathered(params, state))
-
-
-class Hanging(ocp.type_handlers.ArrayHandler):
-    """Begins to write and never ends."""
-
-    def __init__(self, announcement):
-        super().__init__()
-        self._announcement = announcement
-
-    async def serialize(self, *args, **kwargs):
-        await super().serialize(*args, **kwargs)
-        self._announcement.touch()
-        time.sleep(600)
-
-
-def hang_in_a_save(folder, mesh):
-    """Saves twice; of the second save one process does not do its part."""
-    params, state = train(*start(mesh), mesh, range(SAVED))
-    save(folder / "of_two", SAVED, params, state)
-    params, state = train(params, state, mesh, range(SAVED, STEPS))
-    if jax.process_index() == 1:
-        ocp.type_handlers.register_type_handler(
-            jax.Array, Hanging(folder / "saving"), override=True
-        )
-    save(folder / "of_two", STEPS, params, state)
-    (folder / "saved").touch()
-
-
-def main(port, rank, folder, job):
+def main(port, rank, folder):
+    """Train, save twice and average the two checkpoints."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", PROCESSES, int(rank))
-    mesh = mesh_of((PROCESSES, DEVICES))
-    jobs = {"train": train_and_exchange, "hang": hang_in_a_save}
-    jobs[job](pathlib.Path(folder), mesh)
+    mesh, folder = mesh_of((PROCESSES, DEVICES)), pathlib.Path(folder)
+    run = start(mesh)
+    for first, last in ((0, SAVED), (SAVED, STEPS)):
+        run = train(*run, mesh, range(first, last))
+        save(folder / "checkpoints", last, *run)
+        write(folder / f"{last}.npz", gathered(*run))
+    write(folder / "merged.npz", merge(folder / "checkpoints", mesh))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ def asgd_step(
     t0=1e6,
     weight_decay=0,
 ):
-    """One update of `torch.optim.ASGD`: the new params, average and step."""
+    """Return params, average and step after one update of `torch.optim.ASGD`."""
     eta, mu = asgd_schedules(
         step, learning_rate=learning_rate, lambd=lambd, alpha=alpha, t0=t0
     )
@@ -28,15 +28,15 @@ def asgd_step(
 
 
 def asgd_schedules(step, *, learning_rate=1e-2, lambd=1e-4, alpha=0.75, t0=1e6):
-    """The step size and the weight of the next iterate after `step` updates."""
-    rate = learning_rate(step) if callable(learning_rate) else learning_rate
-    eta = rate / (1 + lambd * rate * step) ** alpha
+    """Return the step size and the next iterate's weight after `step` updates."""
+    lr = learning_rate(step) if callable(learning_rate) else learning_rate
+    eta = lr / (1 + lambd * lr * step) ** alpha
     mu = 1 / max(1, step - t0)
     return np.float64(eta), np.float64(mu)
 
 
 def asgd(params, gradients, **hyperparameters):
-    """Yields (params, average, step) after each gradient of the sequence."""
+    """Yield (params, average, step) after each gradient of the sequence."""
     p, ax, step = params, params, 0
     for g in gradients:
         p, ax, step = asgd_step(p, g, ax, step, **hyperparameters)
@@ -44,9 +44,9 @@ def asgd(params, gradients, **hyperparameters):
 
 
 def nt_asgd(params, gradients, losses, *, nonmono, learning_rate, **hyperparameters):
-    """Yields (params, average, triggered) after each gradient of the sequence.
+    """Yield (params, average, triggered) after each gradient of the sequence.
 
-    `losses` are those given to the updates, None for none.
+    `losses` are the validation losses passed to the updates, or None.
     """
     p, ax, since, earlier = params, params, None, []
     for n, (g, loss) in enumerate(zip(gradients, losses, strict=True)):
@@ -54,22 +54,22 @@ def nt_asgd(params, gradients, losses, *, nonmono, learning_rate, **hyperparamet
             if len(earlier) > nonmono and loss > min(earlier[:-nonmono]):
                 since = 0 if since is None else since
             earlier.append(loss)
-        rate = learning_rate(n) if callable(learning_rate) else learning_rate
+        lr = learning_rate(n) if callable(learning_rate) else learning_rate
         if since is None:
             decay = hyperparameters.get("weight_decay", 0)
-            p = ax = p - rate * (g + decay * p)
+            p = ax = p - lr * (g + decay * p)
         else:
             p, ax, since = asgd_step(
-                p, g, ax, since, learning_rate=rate, t0=0, **hyperparameters
+                p, g, ax, since, learning_rate=lr, t0=0, **hyperparameters
             )
         yield p, ax, since is not None
 
 
 def average_iterates(iterates, weighting, parameter=None, start=0, every=1):
-    """Yields the average after each iterate, as a sum over those stored."""
+    """Yield the average after each iterate, as a sum over the stored iterates."""
     for step in range(1, len(iterates) + 1):
         count = 0 if step < start else int((step - start) // every)
-        if count == 0:  # until the first averaged iterate the average follows
+        if count == 0:  # the average equals the iterate until the first averaged one
             yield iterates[step - 1]
             continue
         steps = int(start) + every * np.arange(1, count + 1)
@@ -78,7 +78,7 @@ def average_iterates(iterates, weighting, parameter=None, start=0, every=1):
 
 
 def weighting_shares(weighting, parameter, count):
-    """What each of `count` averaged iterates counts in the end, up to a factor."""
+    """Return the final weights of `count` averaged iterates, up to a factor."""
     n = range(1, count + 1)
     if weighting == "uniform":
         return [1.0 for _ in n]
@@ -88,7 +88,7 @@ def weighting_shares(weighting, parameter, count):
 
 
 def average_shares(weight, step, start=0, every=1, include_start=False):
-    """What each of p(0), …, p(step) counts in the average after `step` updates."""
+    """Return the weights of p(0), …, p(step) in the average after `step` updates."""
     shares, n = np.zeros(step + 1), 0
     for t in range(step + 1):
         since = t - start
@@ -97,7 +97,7 @@ def average_shares(weight, step, start=0, every=1, include_start=False):
         elif since >= every and since % every == 0:
             n += 1
             w = weight(n)
-        else:  # followed until the first averaged iterate, held from then on
+        else:  # the average equals the iterate, or keeps its value once begun
             w = 0.0 if n else 1.0
         shares *= 1 - w
         shares[t] += w
@@ -105,7 +105,7 @@ def average_shares(weight, step, start=0, every=1, include_start=False):
 
 
 def random_scaling(iterates):
-    """The mean of the iterates, and the diagonal of V_n as its definition has it."""
+    """Return the mean of the iterates and the diagonal of V_n, by its definition."""
     n = len(iterates)
     steps = np.arange(1, n + 1).reshape(-1, *[1] * (np.ndim(iterates) - 1))
     averages = np.cumsum(np.asarray(iterates, np.float64), axis=0) / steps

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernel: what must hold to the bit, or to a number of units in the last place."""
+"""The averaging kernel: what holds to the bit or to a few units in the last place."""
 
 import itertools
 
@@ -15,67 +15,163 @@ from asgd_optax import (
     average_iterates,
     averaged_params,
     running_average,
-    track_random_scaling,
 )
 from asgd_optax._core.numerics import rounded
-from tests.support import (
-    assert_average_follows,
-    bits,
-    enable_x64,
-    hard_numbers,
-    hard_trees,
-    train_step,
+from tests.support import bits, enable_x64, hard_numbers, train_step
+from tests.transformations import track
+
+DTYPES = ["float16", "bfloat16", "float32"]
+
+
+def hard_trees(pairs, steps):
+    """Return params and stacked gradients, with a leaf for each pair of dtypes."""
+    rng = np.random.default_rng(1)
+    params, grads = {}, {}
+    for p_dtype, g_dtype in pairs:
+        p, name = hard_numbers(p_dtype), f"{p_dtype}, {g_dtype} gradient"
+        g = np.abs(np.asarray(p, np.float64)) * rng.standard_normal((steps, p.size))
+        params[name], grads[name] = p, jnp.asarray(g, g_dtype)
+    return params, grads
+
+
+def ways_to_train(txs, grads, steps):
+    """Return functions that train all of `txs`, each compiled in another way."""
+    each = [{name: g[n] for name, g in grads.items()} for n in range(steps)]
+
+    def step(runs, g):
+        return {name: train_step(txs[name], *run, g) for name, run in runs.items()}
+
+    def loop(step):
+        def train(runs):
+            for g in each:
+                runs = step(runs, g)
+            return runs
+
+        return train
+
+    @jax.jit
+    def scanned(runs):
+        return jax.lax.scan(lambda runs, g: (step(runs, g), None), runs, grads)[0]
+
+    update = jax.jit(
+        lambda runs, g: {
+            name: txs[name].update(g, state, p) for name, (p, state) in runs.items()
+        }
+    )
+
+    def updates_apart(runs, g):
+        return {
+            name: (optax.apply_updates(runs[name][0], updates), state)
+            for name, (updates, state) in update(runs, g).items()
+        }
+
+    @jax.jit
+    def first_updates(params):  # here the compiler knows the step
+        return {
+            name: tx.update(each[0], tx.init(params), params)
+            for name, tx in txs.items()
+        }
+
+    def begun_inside(runs):
+        params = next(iter(runs.values()))[0]
+        return {
+            name: (optax.apply_updates(params, updates), state)
+            for name, (updates, state) in first_updates(params).items()
+        }
+
+    return {
+        "eager": loop(step),
+        "jitted step": loop(jax.jit(step)),
+        "unrolled": jax.jit(loop(step)),
+        "scan": scanned,
+        "jitted update": loop(updates_apart),
+        "init and update": begun_inside,
+    }
+
+
+@pytest.mark.parametrize(
+    ("make", "pairs"),
+    [
+        (
+            lambda **options: asgd(0.1, t0=np.inf, **options),
+            list(itertools.product(DTYPES, repeat=2)),
+        ),
+        (
+            lambda **options: optax.chain(
+                optax.sgd(0.1), average_iterates(start=np.inf, **options)
+            ),
+            list(zip(DTYPES, ["float16", "float32", "bfloat16"], strict=True)),
+        ),
+        (
+            lambda **options: optax.chain(
+                optax.adam(0.01), average_iterates(start=np.inf, **options)
+            ),
+            list(zip(DTYPES, ["float16", "bfloat16", "float32"], strict=True)),
+        ),
+    ],
+    ids=["asgd", "sgd", "adam"],
 )
+def test_average_equals_params_bitwise_before_averaging(make, pairs):
+    params, grads = hard_trees(pairs, steps=2)
+    txs = {wanted: make(compensated=wanted) for wanted in (False, True)}
+    start = {wanted: (params, tx.init(params)) for wanted, tx in txs.items()}
+    for way, train in ways_to_train(txs, grads, steps=2).items():
+        for p, state in train(start).values():
+            average, as_params = averaged_params(state), averaged_params(state, p)
+            for name, leaf in p.items():
+                assert bits(leaf) != bits(params[name]), (way, name)
+                assert bits(as_params[name]) == bits(leaf), (way, name)
+                # In float32 too: the average has no digits that the params lack.
+                assert bits(average[name]) == bits(leaf.astype("float32")), (way, name)
 
 
-@pytest.mark.parametrize("compensated", [False, True])
-def test_before_averaging_the_average_is_the_params_bit_for_bit(compensated):
-    tx = asgd(0.1, t0=np.inf, compensated=compensated)
-    dtypes = ["float16", "bfloat16", "float32"]
-    pairs = list(itertools.product(dtypes, repeat=2))
-    assert_average_follows(tx, *hard_trees(pairs, steps=4))
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(
     "hps",
     [
         {},
         {"lambd": 0.0},
-        {"lambd": 0.0, "alpha": 0.0},  # a step size that XLA knows
+        {"lambd": 0.0, "alpha": 0.0},  # the step size is a constant of the program
         {"lambd": 0.0, "alpha": 0.0, "weight_decay": 0.1, "t0": np.inf},
         {"alpha": 1.0, "t0": 0},
         {"learning_rate": lambda step: 1.0 / (10 + step)},
     ],
 )
-def test_no_fused_multiply_add_comes_between(dtype, hps):
-    """A contracted p - eta d is another number than the caller's own p + update."""
+def test_average_equals_applied_params_bitwise_after_one_asgd_step(hps):
+    """A fused multiply-add of p - eta d would give other numbers than p + update."""
     with enable_x64(True):
-        rng = np.random.default_rng(0)
-        p, g = (jnp.asarray(rng.standard_normal(10_000), dtype) for _ in range(2))
+        params, grads = two_precisions()
         tx = asgd(**{"learning_rate": 0.1, **hps})
-        updates, state = jax.jit(tx.update)(g, tx.init(p), p)
-        assert bits(state.ax) == bits(optax.apply_updates(p, updates))
+        updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
+        assert bits(state.ax) == bits(optax.apply_updates(params, updates))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("averaging", [average_iterates, track_random_scaling])
-def test_nor_behind_another_optimizer(averaging, dtype):
+@pytest.mark.parametrize(
+    "averaging", [average_iterates, track], ids=["average", "track"]
+)
+def test_average_equals_applied_params_bitwise_after_one_sgd_step(averaging):
     with enable_x64(True):
-        rng = np.random.default_rng(0)
-        p, g = (jnp.asarray(rng.standard_normal(10_000), dtype) for _ in range(2))
+        params, grads = two_precisions()
         tx = optax.chain(optax.sgd(0.1), averaging())
-        updates, state = jax.jit(tx.update)(g, tx.init(p), p)
-        assert bits(updates) == bits(-0.1 * g)
-        assert bits(averaged_params(state)) == bits(optax.apply_updates(p, updates))
+        updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
+        assert bits(updates) == bits(jax.tree.map(lambda g: -0.1 * g, grads))
+        expected = optax.apply_updates(params, updates)
+        assert bits(averaged_params(state)) == bits(expected)
+
+
+def two_precisions():
+    """Return params and gradients of 10,000 numbers in float32 and in float64."""
+    p, g = np.random.default_rng(0).standard_normal((2, 10_000))
+    return [
+        {dtype: jnp.asarray(x, dtype) for dtype in ("float32", "float64")}
+        for x in (p, g)
+    ]
 
 
 @pytest.mark.parametrize("jitted", [False, True])
 @pytest.mark.parametrize(
     ("narrow", "wide"), [("float16", "float32"), ("float32", "float64")]
 )
-def test_rounds_to_the_numbers_of_a_narrower_type(narrow, wide, jitted):
-    """Its subnormal ones too, which a compiler may not see through."""
+def test_rounded_gives_the_numbers_of_the_narrower_dtype(narrow, wide, jitted):
     with enable_x64(True):
         x = 1.3 * np.asarray(hard_numbers(narrow), wide)
         found = (jax.jit(rounded, static_argnums=1) if jitted else rounded)(x, narrow)
@@ -83,31 +179,20 @@ def test_rounds_to_the_numbers_of_a_narrower_type(narrow, wide, jitted):
 
 
 @pytest.mark.parametrize("compensated", [False, True])
-def test_a_weight_rounded_above_one_is_a_weight(compensated):
-    """As that of an EMA written without care is at n = 1: 1 + 2**-23 at least."""
+def test_update_mean_accepts_a_weight_rounded_above_one(compensated):
+    """An EMA's first weight may be 1 + 2**-23 if it is written without care."""
     decay = jnp.float32(0.99)
-    tx = running_average(lambda n: (1 - 0.99) / (1 - decay**n), compensated=compensated)
-    state = tx.init(jnp.zeros(()))
+    mean = running_average(
+        lambda n: (1 - 0.99) / (1 - decay**n), compensated=compensated
+    )
+    state = mean.init(jnp.zeros(()))
     for _ in range(4):
-        state = tx.update(state, jnp.full((), 3.0))
-        np.testing.assert_allclose(tx.value(state), 3.0, rtol=1e-5)
+        state = mean.update(state, jnp.full((), 3.0))
+        np.testing.assert_allclose(mean.value(state), 3.0, rtol=1e-5)
 
 
 @pytest.mark.parametrize("jitted", [False, True])
-def test_leaves_that_are_numbers(jitted):
-    """NumPy's and Python's own, with and without a jit anywhere."""
-    tx = optax.chain(average_iterates(), asgd(0.5, lambd=0.0, t0=np.inf))
-    params = {"a": 1.0, "b": np.float64(2.0), "c": np.ones(2)}
-    with jax.disable_jit(not jitted):
-        updates, state = tx.update(params, tx.init(params), params)
-    for found, of in ((updates, -0.5), (state[1].ax, 0.5), (state[0].average, 2.0)):
-        for leaf, param in zip(*map(jax.tree.leaves, (found, params)), strict=True):
-            np.testing.assert_array_equal(leaf, of * np.asarray(param))
-
-
-@pytest.mark.parametrize("jitted", [False, True])
-def test_the_average_outlives_the_params(jitted):
-    """It is a copy of them, with and without a jit anywhere."""
+def test_init_copies_the_params(jitted):
     params = {"jax": jnp.ones(3), "numpy": np.ones(3, np.float32)}
     with jax.disable_jit(not jitted):
         average = asgd().init(params).ax
@@ -118,79 +203,78 @@ def test_the_average_outlives_the_params(jitted):
 
 
 @pytest.mark.parametrize("compensated", [False, True])
-@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
-def test_before_averaging_the_average_follows_through_infinities(value, compensated):
+def test_average_recovers_from_infinities_before_averaging(compensated):
     tx = asgd(1.0, lambd=0.0, t0=np.inf, compensated=compensated)
-    params = jnp.array([1.0, 2.0])
+    params, step = jnp.arange(1.0, 5.0), jax.jit(train_step, static_argnums=0)
     state = tx.init(params)
-    for g in (0.5, value, 0.25):
-        grads = jnp.array([0.5, g])
-        # The params are mended by hand after the accident, as by a rollback.
-        applied, state = jax.jit(train_step, static_argnums=0)(tx, params, state, grads)
-        assert bool(jnp.all(jnp.isfinite(applied))) == bool(np.isfinite(g))
+    for bad in ([0.5] * 4, [0.5, np.inf, -np.inf, np.nan], [0.25] * 4):
+        # The next step starts from finite params, as after a rollback.
+        applied, state = step(tx, params, state, jnp.array(bad))
+        np.testing.assert_array_equal(jnp.isfinite(applied), np.isfinite(bad))
         np.testing.assert_array_equal(averaged_params(state), applied)
 
 
-def test_before_the_first_iterate_nothing_is_carried():
-    """Of a parameter that is no number neither."""
+def test_init_sets_the_residual_to_zero():
     params = jnp.array([1.0, -0.0, jnp.inf, jnp.nan])
     state = asgd(compensated=True).init(params)
     assert bits(state.ax) == bits(CompensatedMean(params, jnp.zeros(4)))
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
-def test_the_accumulator_of_complex_numbers_is_complex(precision):
-    """Of complex64 at least: there is none of half precision."""
+def test_accumulator_is_complex_for_complex_params(precision):
+    """It is complex64 at least: there is no complex dtype of half precision."""
     params = {"real": jnp.ones(2), "complex": jnp.full(2, 1 + 2j)}
     average = asgd(accumulator_dtype=precision).init(params).ax
     assert average["real"].dtype == precision
     assert bits(average["complex"]) == bits(params["complex"])
 
 
-def test_what_is_carried_is_part_of_the_mean():
-    """By the weight it moves to the iterate as well, here to zero."""
+def test_residual_moves_towards_the_iterate_with_the_mean():
     mean = running_average(lambda n: 0.25, compensated=True)
-    one, carried = jnp.float32(1), jnp.float32(2**-26)
-    state = mean.init(one)._replace(average=CompensatedMean(one, carried))
-    assert mean.update(state, one).average == (1, 0.75 * carried)
+    one, residual = jnp.float32(1), jnp.float32(2**-26)
+    state = mean.init(one)._replace(average=CompensatedMean(one, residual))
+    assert mean.update(state, one).average == (1, 0.75 * residual)
 
 
-def test_a_residual_that_lacks_a_leaf_is_refused():
-    mean, tree = running_average(compensated=True), [jnp.ones(2), jnp.ones(3)]
-    state = mean.init(tree)
-    average = state.average._replace(residual=state.average.residual[:1])
-    with pytest.raises(ValueError, match="shorter"):
-        mean.update(state._replace(average=average), tree)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_averages_the_iterates_really_applied(dtype):
-    """Over 2,000 steps under jit, to a few float32 eps of their size."""
+@pytest.mark.parametrize(
+    ("tx", "first"),
+    [
+        (asgd(0.05, t0=0, lambd=0.0), 1),  # p_1 is not averaged, as torch has it
+        (optax.chain(optax.sgd(0.1), average_iterates()), 0),
+        (optax.chain(optax.adam(0.01), average_iterates()), 0),
+    ],
+    ids=["asgd", "sgd", "adam"],
+)
+def test_average_of_16_bit_params_is_accurate_to_float32(tx, first):
+    """Over 2,000 jitted steps, against the float64 mean of the applied params."""
     steps, size = 2_000, 64
-    tx = asgd(0.05, t0=0, lambd=0.0)
-    rng = np.random.default_rng(0)
-    grads = jnp.asarray(rng.standard_normal((steps, size)), dtype)
-    params = jnp.ones(size, dtype)
+    noise = np.random.default_rng(0).standard_normal((steps, size))
+    grads = {dtype: jnp.asarray(noise, dtype) for dtype in ("bfloat16", "float16")}
+    params = {dtype: jnp.ones(size, dtype) for dtype in grads}
 
     def body(carry, g):
-        carry = train_step(tx, *carry, g + carry[0])
+        g = jax.tree.map(jnp.add, g, carry[0])
+        carry = train_step(tx, *carry, g)
         return carry, carry[0]
 
-    (_, state), path = jax.lax.scan(body, (params, tx.init(params)), grads)
-    exact = np.asarray(path[1:], np.float64).mean(axis=0)
-    size_of_iterates = np.abs(np.asarray(path, np.float64)).max()
-    assert state.ax.dtype == jnp.float32
-    error = np.abs(np.asarray(state.ax, np.float64) - exact).max()
-    assert error <= 8 * np.finfo(np.float32).eps * size_of_iterates
+    (params, state), path = jax.lax.scan(body, (params, tx.init(params)), grads)
+    average, as_params = averaged_params(state), averaged_params(state, params)
+    for dtype, iterates in path.items():
+        iterates = np.asarray(iterates, np.float64)
+        assert average[dtype].dtype == jnp.float32
+        assert as_params[dtype].dtype == dtype
+        exact = iterates[first:].mean(axis=0)
+        error = np.abs(np.asarray(average[dtype], np.float64) - exact).max()
+        assert error <= 8 * np.finfo(np.float32).eps * np.abs(iterates).max()
 
 
-def test_a_million_iterates():
-    """Float32 averages of iterates 3 +- 0.05, beside float64's.
+def test_compensated_average_is_exact_after_a_million_iterates():
+    """Float32 averages of iterates 3 +- 0.05, against float64.
 
-    The standard error of such a mean is 5e-5: the plain sum is off by about that.
+    The standard error of such a mean is 5e-5, about the error of the plain average.
     """
     steps, size = 1_000_000, 64
-    # lr 1, no decay and gradient p - x move the params to x, whatever they were.
+    # With lr 1, no decay and gradient p - x an update moves any params to x.
     plain, compensated = (
         asgd(1.0, lambd=0.0, t0=0, compensated=wanted) for wanted in (False, True)
     )
@@ -199,12 +283,13 @@ def test_a_million_iterates():
     @jax.jit
     def run(carry, key):
         def body(carry, x):
-            params, state, beside, total = carry
-            _, beside = train_step(compensated, params, beside, params - x)
+            params, state, exact_state, total = carry
+            _, exact_state = train_step(compensated, params, exact_state, params - x)
             params, state = train_step(plain, params, state, params - x)
-            # The first iterate is torch's off-by-one: not averaged.
+            # asgd does not average the first iterate, as torch has it.
             counted = jnp.where(state.step > 1, params - 3.0, 0.0)
-            return (params, state, beside, total + counted.astype(jnp.float64)), None
+            total = total + counted.astype(jnp.float64)
+            return (params, state, exact_state, total), None
 
         noise = jax.random.normal(key, (10_000, size), jnp.float32)
         return jax.lax.scan(body, carry, 3.0 + 0.05 * noise)[0]
@@ -214,13 +299,13 @@ def test_a_million_iterates():
         carry = (params, *states, jnp.zeros(size, jnp.float64))
         for key in jax.random.split(jax.random.key(0), steps // 10_000):
             carry = run(carry, key)
-        _, state, beside, total = carry
+        _, state, exact_state, total = carry
         exact = 3.0 + np.asarray(total) / (steps - 1)
 
     def error(average):
         assert average.dtype == jnp.float32
         return np.sqrt(np.mean((np.asarray(average, np.float64) - exact) ** 2))
 
-    assert error(beside.ax.value) < np.spacing(np.float32(3.0))
+    assert error(exact_state.ax.value) < np.spacing(np.float32(3.0))
     assert error(state.ax) < 1e-4
-    assert error(state.ax) > 50 * error(beside.ax.value)  # what `compensated` is for
+    assert error(state.ax) > 50 * error(exact_state.ax.value)

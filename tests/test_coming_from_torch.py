@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The averages of PyTorch's libraries, written from their rules, and our lines.
+"""The rules of PyTorch libraries on docs/guides/coming_from.md, and our lines.
 
-All of them are avg <- avg + w(t) (p(t) - avg) from avg = p(0), the parameters that the
-model has when the average is made: a rule is the w after update t, 1 where the
-parameters are copied and 0 where the average is held. `tests/live` has the libraries.
+Every rule is avg <- avg + w(t) (p(t) - avg) from avg = p(0), the parameters when the
+average is made. Here it is the function w of the update t: 1 copies the parameters, 0
+leaves the average as it is. tests/live runs the libraries themselves.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ TOLERANCE = 5e-14
 class Row(NamedTuple):
     """A line of the page, and the rule that it replaces.
 
-    `since` is the first update after which the two agree.
+    They agree from the update `since` on.
     """
 
     line: str
@@ -36,19 +36,19 @@ class Row(NamedTuple):
     since: int = 1
 
     def ours(self) -> optax.GradientTransformation:
-        """What the line makes."""
+        """Evaluate the line."""
         return eval(
             self.line,
             {"jnp": jnp, "optax": optax, **vars(asgd_optax), **self.arguments},
         )
 
     def weights(self, steps: int = STEPS) -> list[float]:
-        """w(1), …, w(steps)."""
+        """Return w(1), …, w(steps)."""
         return [self.rule(t, **self.arguments) for t in range(1, steps + 1)]
 
 
 def torch_averaged_model(t, s, k, d=None):
-    """`update_parameters` after the updates s, s + k, …; an EMA where d is given."""
+    """`update_parameters` after updates s, s + k, …; an EMA if d is given."""
     n, between = divmod(t - s, k)
     if t < s or between:
         return 0
@@ -64,14 +64,14 @@ def ema_pytorch(t, d, u, k, g, p, m):
 
 
 def ema_pytorch_power(t, gamma, k):
-    """`KarrasEMA.update` after each update, also those of a `PostHocEMA`."""
+    """`KarrasEMA.update` after each update, as in a `PostHocEMA`."""
     if (t - 1) % k:
         return 0
     return 1 if t == 1 else 1 - (1 - 1 / (t + 1)) ** (gamma + 1)
 
 
 def timm(t, d, u=None, g=None, p=None):
-    """`ModelEmaV3.update` after each update; its `step` is passed where u is given."""
+    """`ModelEmaV3.update` after each update, with `step` if u is given."""
     if u is None:
         return 1 - d
     age = t - u - 1
@@ -81,7 +81,7 @@ def timm(t, d, u=None, g=None, p=None):
 
 
 def diffusers(t, d, u, g=None, p=None):
-    """`EMAModel.step` after each update, with `use_ema_warmup` where g is given."""
+    """`EMAModel.step` after each update, with `use_ema_warmup` if g is given."""
     age = t - u - 1
     if age <= 0:
         return 1
@@ -96,14 +96,14 @@ def lightning(t, d, s, k):
 
 
 def lightning_epochs(t, d, e, E):  # noqa: N803
-    """With a starting epoch: every step still, and after each epoch from e on again."""
+    """The same with a starting epoch: after each step, and once more after epochs."""
     if t == 1:
         return 1
     return 1 - d**2 if t % E == 0 and t // E > e else 1 - d
 
 
 def lightning_each_epoch(t, d, e, E):  # noqa: N803
-    """The same with `update_every_n_steps=0`: after each epoch from e on."""
+    """The same with `update_every_n_steps=0`: after each epoch from e."""
     if t % E or t // E <= e:
         return 0
     return 1 if t // E == e + 1 else 1 - d
@@ -124,7 +124,7 @@ def edm2_power(t, width):
 
 
 def edm2_traditional(t, halflife, batch, ramp):
-    """`TraditionalEMA.update`, halflife in images."""
+    """`TraditionalEMA.update` after each update, halflife in images."""
     return 1 - 0.5 ** (batch / min(halflife, ramp * t * batch))
 
 
@@ -240,20 +240,20 @@ ROWS = {
     ),
 }
 
-SWALR = {  # lr goes to swa_lr in A steps of the scheduler
+SWALR = {  # from lr to swa_lr in A steps of the scheduler
     "cos": "optax.cosine_decay_schedule(lr, A, alpha=swa_lr / lr)",
     "linear": "optax.linear_schedule(lr, swa_lr, A)",
 }
 
 
 def random_walk(steps=STEPS):
-    """p(0), …, p(steps), of three numbers each."""
+    """Return p(0), …, p(steps), of three numbers each."""
     rng = np.random.default_rng(0)
     return 1 + np.cumsum(rng.standard_normal((steps + 1, 3)), axis=0)
 
 
 def rule_averages(weights, iterates):
-    """The average after each update, by the weights of a rule."""
+    """Return the average after each update, by the weights of a rule."""
     average, averages = iterates[0], []
     for w, p in zip(weights, iterates[1:], strict=True):
         average = average + w * (p - average)
@@ -262,7 +262,7 @@ def rule_averages(weights, iterates):
 
 
 def our_averages(tx, iterates):
-    """The same of a transformation that is handed these iterates, in their dtype."""
+    """Return our average after each update, for updates that lead to the iterates."""
 
     @jax.jit
     def scan(iterates):
@@ -277,102 +277,26 @@ def our_averages(tx, iterates):
 
 
 def largest_difference(actual, expected, since=1):
-    """Largest |actual - expected| from an update on, over the largest expected."""
+    """Return max |actual - expected| / max |expected| from an update on."""
     difference = np.abs(actual - expected)[since - 1 :]
     return difference.max() / np.abs(expected).max()
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_line_follows_rule(name):
+def test_line_of_the_page_follows_the_rule(name):
     row, iterates = ROWS[name], random_walk()
     with enable_x64(True):
         actual = our_averages(row.ours(), iterates)
     expected = rule_averages(row.weights(), iterates)
     assert actual.dtype == np.float64
     assert largest_difference(actual, expected, row.since) <= TOLERANCE
-    # Had they agreed before, `since` would be wrong; were the average the iterate, the
-    # rule would not have been tried.
+    # `since` is not too late, and the average is not just the iterate.
     if row.since > 1:
         assert largest_difference(actual, expected, row.since - 1) > 1e-3
     assert largest_difference(actual, iterates[1:]) > 1e-2
 
 
-def test_half_life_after_a_start():
-    """torchtitan leaves 2^(-1/h) of p(0), and squares it at the next: nothing."""
-    iterates = random_walk()
-    expected = rule_averages(
-        [torchtitan(t, k=1, h=0.05, s=7) for t in range(1, STEPS + 1)], iterates
-    )
-    with enable_x64(True):
-        tx = ROWS["torchtitan, half-life"]._replace(
-            line="average_iterates(lambda n: 1 - 2 ** (-1 / (h * (n - 1))),"
-            " start=s, every=k, include_start=True)",
-            arguments={"h": 0.05, "k": 1, "s": 7},
-        )
-        actual = our_averages(tx.ours(), iterates)
-    assert largest_difference(actual, expected, 7) <= 2**-20
-    assert largest_difference(actual, expected, 9) <= TOLERANCE
-
-
-@pytest.mark.parametrize("anneal", SWALR)
-def test_swalr(anneal):
-    lr, swa_lr, A = 0.7, 0.05, 25  # noqa: N806
-    t = np.minimum(1, np.arange(STEPS) / A)
-    alpha = (1 - np.cos(np.pi * t)) / 2 if anneal == "cos" else t
-    with enable_x64(True):
-        names = {"optax": optax, "lr": lr, "swa_lr": swa_lr, "A": A}
-        schedule = eval(SWALR[anneal], names)
-        rates = [schedule(jnp.asarray(n)) for n in range(STEPS)]
-    np.testing.assert_allclose(rates, swa_lr * alpha + lr * (1 - alpha), rtol=TOLERANCE)
-
-
-@pytest.mark.flax
-def test_update_bn():
-    """Of batches of one size: torch's mean, and its unbiased variance a factor off."""
-    from flax import nnx
-
-    from asgd_optax.flax import update_batch_stats
-
-    size = 8
-    batches = np.random.default_rng(0).standard_normal((STEPS, size, 3)) + 2
-    with enable_x64(True):
-        model = nnx.BatchNorm(3, dtype=jnp.float64, rngs=nnx.Rngs(0))
-        for name in ("mean", "var"):  # Flax makes them float32
-            setattr(model, name, nnx.BatchStat(jnp.zeros(3)))
-        update_batch_stats(model, batches)
-        mean, var = np.asarray(model.mean[...]), np.asarray(model.var[...])
-    np.testing.assert_allclose(mean, batches.mean(1).mean(0), rtol=TOLERANCE)
-    unbiased = batches.var(1, ddof=1).mean(0)
-    np.testing.assert_allclose(var * size / (size - 1), unbiased, rtol=TOLERANCE)
-
-
-@pytest.mark.parametrize(("k", "theirs"), [(1, 0.112), (10, 0.558), (100, 0.927)])
-def test_how_far_power_averages_look_back(k, theirs):
-    """Where updates are skipped ema-pytorch's decay stays that of single steps.
-
-    The mean age of what the average holds, over the length of the run, is to be
-    1 / (gamma + 2), whatever k.
-    """
-    steps, gamma = 10_000, asgd_optax.gamma_from_width(0.1)
-    times = np.linspace(0, 1, steps + 1)[:, None]
-    weights = [ema_pytorch_power(t, gamma, k) for t in range(1, steps + 1)]
-    assert 1 - rule_averages(weights, times)[-1] == pytest.approx(theirs, abs=5e-4)
-
-    tx = asgd_optax.average_iterates(asgd_optax.power_weighting(gamma), every=k)
-    with enable_x64(True):
-        ours = our_averages(tx, times)[-1]
-    assert 1 - ours == pytest.approx(1 / (gamma + 2), rel=0.05)
-
-
-@pytest.mark.parametrize(("steps", "share"), [(10_000, 0.66), (100_000, 0.55)])
-def test_share_of_the_first_iterate_where_updates_are_skipped(steps, share):
-    """What ema-pytorch's power-function average, left as it is, holds of p(1)."""
-    gamma = asgd_optax.gamma_from_width(0.1)
-    rest = [1 - ema_pytorch_power(t, gamma, k=100) for t in range(2, steps + 1)]
-    assert np.prod(rest) == pytest.approx(share, abs=5e-3)
-
-
-def test_lines_stand_on_the_page():
+def test_page_shows_the_tested_lines():
     guides = Path(__file__).parents[1] / "docs" / "guides"
     page = "".join(path.read_text() for path in guides.glob("coming_from*.md"))
     lines = {row.line for row in ROWS.values()} | set(SWALR.values())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`running_average` against NumPy's own, jitted, in a scan and outside of both."""
+"""`running_average` against `numpy.average`, jitted and in a scan."""
 
 import chex
 import jax
@@ -22,8 +22,7 @@ BATCHES = [
 
 @pytest.mark.parametrize("compensated", [False, True])
 @pytest.mark.parametrize(("name", "value"), WEIGHTINGS[::3])
-def test_running_average_equals_numpys(name, value, compensated):
-    """Step by step, jitted and in a scan: of NumPy's arrays in float64."""
+def test_running_average_equals_numpys_average(name, value, compensated):
     with enable_x64(True):
         mean = running_average(make_weighting(name, value), compensated=compensated)
         init = {"mean": np.float64(7), "var": [np.full((1, 2), 7.0)]}
@@ -49,34 +48,20 @@ def test_running_average_equals_numpys(name, value, compensated):
             )
 
 
-def test_running_average_outside_of_jit_keeps_precision_and_input():
+def test_running_average_of_16_bit_numpy_arrays_is_float32():
     mean = running_average()
     first = np.array([1.0, 2.0], jnp.bfloat16)
     state = mean.update(mean.init(first), first)
     assert mean.value(state).dtype == jnp.float32
-    assert not isinstance(state.average, CompensatedMean)  # unless it is asked for
+    assert not isinstance(state.average, CompensatedMean)  # not by default
     state = mean.update(state, np.array([2.0, 2.015625], jnp.bfloat16))
-    # Between two neighbours of bfloat16.
+    # The second number is between two neighbours of bfloat16.
     np.testing.assert_array_equal(mean.value(state), [1.5, 2.0078125])
     np.testing.assert_array_equal(first, np.array([1.0, 2.0], jnp.bfloat16))
 
 
-@pytest.mark.parametrize(
-    ("tree", "error", "message"),
-    [
-        ({"a": np.ones(3)}, ValueError, r"^tree\['a'\] has shape \(3,\)"),
-        ({"b": np.ones(2)}, ValueError, "^tree and state.average differ"),
-        ({"a": np.ones(2, int)}, TypeError, r"^tree\['a'\] is int32"),
-    ],
-)
-def test_running_average_of_a_tree_that_does_not_fit(tree, error, message):
-    mean = running_average()
-    with pytest.raises(error, match=message):
-        mean.update(mean.init({"a": np.ones(2)}), tree)
-
-
 @pytest.mark.parametrize("compensated", [False, True])
-def test_leaves_that_are_no_floats_are_the_latest(compensated):
+def test_leaves_that_are_not_floating_are_the_latest(compensated):
     def tree(n):
         return {
             "w": jnp.full(2, float(n), jnp.bfloat16),
@@ -102,7 +87,7 @@ def test_leaves_that_are_no_floats_are_the_latest(compensated):
     assert (
         jax.random.key_data(value["key"]) == jax.random.key_data(tree(6)["key"])
     ).all()
-    # Or the next update would be compiled anew.
+    # Or the next update would recompile.
     assert not any(value[name].weak_type for name in ("count", "flag", "python"))
     if compensated:
         residual = dict(state.average.residual)
@@ -110,7 +95,8 @@ def test_leaves_that_are_no_floats_are_the_latest(compensated):
         assert set(residual.values()) == {None}
 
 
-def test_a_tree_and_its_state_can_be_donated_together():
+def test_init_copies_the_tree():
+    """So that the tree and the state can be donated together."""
     mean = running_average()
     tree = {"w": jnp.ones(2), "n": jnp.arange(3)}
     state = mean.init(tree)
@@ -119,40 +105,19 @@ def test_a_tree_and_its_state_can_be_donated_together():
 
 
 @pytest.mark.parametrize(
-    ("new", "error", "message"),
+    ("tree", "error", "leaf"),
     [
-        (jnp.float32(1), TypeError, r"^tree\['n'\] is float32, state.*\['n'\] int32"),
-        (jnp.int8(1), TypeError, r"^tree\['n'\] is int8, state.*\['n'\] int32"),
-        (jnp.ones(2, int), ValueError, r"^tree\['n'\] has shape \(2,\)"),
-        ("text", TypeError, r"^tree\['n'\] is str"),
+        ({"w": jnp.ones(3), "n": 1}, ValueError, r"\['w'\].*\(3,\)"),
+        ({"b": jnp.ones(2), "n": 1}, ValueError, r"\['[wb]'\]"),
+        ({"w": jnp.ones(2, int), "n": 1}, TypeError, r"\['w'\].*int32"),
+        ({"w": jnp.ones(2), "n": jnp.float32(1)}, TypeError, r"\['n'\].*float32"),
+        ({"w": jnp.ones(2), "n": jnp.int8(1)}, TypeError, r"\['n'\].*int8"),
+        ({"w": jnp.ones(2), "n": jnp.ones(2, int)}, ValueError, r"\['n'\].*\(2,\)"),
+        ({"w": jnp.ones(2), "n": "text"}, TypeError, r"\['n'\]"),
     ],
 )
-def test_a_leaf_that_changes_its_kind(new, error, message):
+def test_update_names_the_leaf_that_differs_from_the_first_tree(tree, error, leaf):
     mean = running_average()
-    state = mean.init({"n": jnp.int32(0), "w": jnp.ones(2)})
-    with pytest.raises(error, match=message):
-        mean.update(state, {"n": new, "w": jnp.ones(2)})
-
-
-@pytest.mark.flax
-def test_a_whole_nnx_state():
-    from flax import nnx
-
-    class Net(nnx.Module):
-        def __init__(self, rngs):
-            self.linear = nnx.Linear(2, 3, rngs=rngs)
-            self.norm = nnx.BatchNorm(3, rngs=rngs)
-            self.dropout = nnx.Dropout(0.5, rngs=rngs)
-
-        def __call__(self, x):
-            return self.dropout(self.norm(self.linear(x)))
-
-    model, mean = Net(nnx.Rngs(0)), running_average()
-    graph, first = nnx.split(model)
-    state = mean.init(first)
-    for n in range(4):
-        model(jnp.full((5, 2), float(n)))
-        state = mean.update(state, nnx.state(model))
-    averaged = nnx.merge(graph, mean.value(state))
-    assert int(averaged.dropout.rngs.count[...]) == 4
-    assert averaged(jnp.ones((5, 2))).shape == (5, 3)
+    state = mean.init({"w": jnp.ones(2), "n": jnp.int32(0)})
+    with pytest.raises(error, match=leaf):
+        mean.update(state, tree)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`asgd` against `torch.optim.ASGD`: recorded, and live where torch is installed."""
+"""`asgd` against recorded runs of `torch.optim.ASGD` and against an installed torch."""
 
 import functools
 
@@ -30,15 +30,15 @@ from tools.record_torch_fixtures import (
 LIVE_CHECKPOINTS = tuple(range(50, 401, 50))
 
 EPS = {dtype: float(np.finfo(dtype).eps) for dtype in DTYPES}
-# Two right programs drift apart at random, by half an eps a step or so. In single
-# precision torch's for-loop drifts in one direction besides: it rounds the factor
-# 1 - lambd eta to a multiple of eps / 2, an error of up to eps / 4 at every step.
-# An eps a step, and 400 steps at most, leave room for both.
+# Two correct programs drift apart at random by about half an eps per step. In single
+# precision torch's for-loop also drifts in one direction: it rounds 1 - lambd eta to a
+# multiple of eps / 2, an error of up to eps / 4 per step. An eps per step and at most
+# 400 steps cover both.
 TOLERANCES = {dtype: 400 * eps if eps > 1e-10 else 2e-14 for dtype, eps in EPS.items()}
 
 
 def relative_difference(actual, expected):
-    """Max |actual - expected| / max |expected| of two arrays; 0 of empty ones."""
+    """Return max |actual - expected| / max |expected|, or 0 for empty arrays."""
     if expected.size == 0:
         return 0.0
     difference = actual.astype(np.complex128) - expected.astype(np.complex128)
@@ -46,20 +46,19 @@ def relative_difference(actual, expected):
 
 
 def learning_rate(case, steps):
-    """That of `case`: where torch's scheduler acts, a schedule lagged by one.
+    """Return the learning rate of `case`: for a scheduler, a schedule one step late.
 
-    At the end of a step torch computes the eta of the next one, and only then does
-    its scheduler set the next lr.
+    At the end of a step torch computes the eta of the next step. Only then does its
+    scheduler set the next lr.
     """
-    rate = case.arguments.get("lr", 1e-2)
+    lr = case.arguments.get("lr", 1e-2)
     if case.scheduler is None:
-        return rate
+        return lr
     _, options = case.scheduler
-    # The products that torch forms. A schedule written as a power would in float32
-    # be off by as many eps as its exponent.
+    # The products that torch forms: a power would be off by its exponent in eps.
     every = options.get("step_size", 1)
     factors = [1 if n % every else options["gamma"] for n in range(1, steps)]
-    table = np.cumprod([rate, *factors])
+    table = np.cumprod([lr, *factors])
 
     def schedule(n):
         return jnp.asarray(table)[n]
@@ -75,9 +74,9 @@ def transformation(case, steps, **options):
 
 
 def run_asgd(cases, params, gradients, checkpoints, **options):
-    """What `run_torch` returns, of `asgd` with further `options`, for each case.
+    """Return what `run_torch` does for each case, by `asgd` with `options`.
 
-    They take their steps in one program: it is compiled in a fifth of the time.
+    All cases share a program, which compiles in a fifth of the time.
     """
     txs = {
         name: transformation(case, max(checkpoints), **options)
@@ -95,14 +94,14 @@ def run_asgd(cases, params, gradients, checkpoints, **options):
             runs = step_fn(runs, {name: g[step - 1] for name, g in gradients.items()})
             if step in checkpoints:
                 for name, (weights, state) in runs.items():
-                    take_down(rows[name], weights, state)
+                    append_row(rows[name], weights, state)
     return {
         case: {name: np.stack(row) for name, row in of_case.items()}
         for case, of_case in rows.items()
     }
 
 
-def take_down(rows, params, state):
+def append_row(rows, params, state):
     for name, weight in params.items():
         rows.setdefault(f"params/{name}", []).append(weight)
     for name, average in averaged_params(state).items():
@@ -126,14 +125,14 @@ def assert_same_trajectory(actual, expected, dtype, foreach):
             continue
         assert actual[name].dtype == expected[name].dtype, where
         assert actual[name].shape == expected[name].shape, where
-        # An eta is one power, computed anew at each step: nothing accumulates.
+        # Every step computes eta from its number: no error accumulates.
         tolerance = 2 * EPS[dtype] if name == "eta" else TOLERANCES[dtype]
         rows = zip(actual[name], expected[name], strict=True)
         differences = [relative_difference(ours, torchs) for ours, torchs in rows]
         assert np.max(differences) <= tolerance, where
 
 
-def test_fixtures_are_of_these_cases():
+def test_torch_fixtures_match_these_cases():
     assert recorded()["recipe"] == RECIPE, "run tools/record_torch_fixtures.py"
 
 
@@ -144,7 +143,7 @@ def runs_of_all_cases(dtype, checkpoints):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_reproduces_recorded_torch(name, dtype):
+def test_asgd_reproduces_recorded_torch(name, dtype):
     actual = runs_of_all_cases(dtype, CHECKPOINTS)[name]
     for foreach in (False, True):
         run = RUNS.index((name, foreach))
@@ -156,7 +155,7 @@ def test_reproduces_recorded_torch(name, dtype):
         assert_same_trajectory(actual, expected, dtype, foreach)
 
 
-def test_long_float32_average_is_as_accurate_as_torchs():
+def test_float32_average_is_as_accurate_as_torchs():
     params, gradients = draw_problem("float32", LONG_STEPS, LONG_SHAPES)
     exact = recorded()["long/ax"]
 
@@ -167,8 +166,8 @@ def test_long_float32_average_is_as_accurate_as_torchs():
 
     for_loop = recorded()["long/rms/for-loop"]
     foreach = recorded()["long/rms/foreach"]
-    # foreach rounds as often as we do. The ratio of two rms errors, each over n
-    # independent elements, has a standard error of n ** -0.5.
+    # foreach rounds as often as asgd. The ratio of two rms errors over n independent
+    # elements has a standard error of n ** -0.5.
     assert rms_error() < min(for_loop, foreach * (1 + 3 * exact.size**-0.5))
     assert rms_error(compensated=True) < min(for_loop, foreach)
 
@@ -176,7 +175,7 @@ def test_long_float32_average_is_as_accurate_as_torchs():
 @pytest.mark.torch
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_reproduces_live_torch(name, dtype):
+def test_asgd_reproduces_installed_torch(name, dtype):
     pytest.importorskip("torch")
     problem = draw_problem(dtype, max(LIVE_CHECKPOINTS))
     actual = runs_of_all_cases(dtype, LIVE_CHECKPOINTS)[name]
@@ -188,7 +187,7 @@ def test_reproduces_live_torch(name, dtype):
 
 
 @pytest.mark.torch
-def test_cases_hold_torchs_own_list():
+def test_cases_include_those_of_torchs_own_tests():
     pytest.importorskip("torch")
     pytest.importorskip("expecttest", reason="torch.testing._internal imports it")
     from torch.testing._internal import common_optimizers

@@ -13,19 +13,27 @@ from asgd_optax import (
     nt_asgd,
     polynomial_weighting,
     power_weighting,
-    running_random_scaling,
     track_random_scaling,
     uniform_weighting,
 )
 
 
+def track(start=0):
+    """Return the transformation that tracks random scaling."""
+    return track_random_scaling(start=start)
+
+
 class Row(NamedTuple):
     """One transformation under test.
 
-    `hyperparameters` are its numeric ones, at values where it is smooth in each and
-    where averaging begins within a few steps; `options` are the others. `arrays` is
-    how many arrays of a parameter's shape its state has for each; `complex`, whether
-    parameters may be complex.
+    Attributes:
+      name: id of its tests.
+      factory: makes the transformation from hyperparameters and options.
+      hyperparameters: its numeric arguments, at values where it is differentiable in
+        each and where averaging begins within a few steps.
+      options: its other arguments.
+      arrays: number of arrays in its state for each parameter.
+      complex: whether parameters may be complex.
     """
 
     name: str
@@ -39,21 +47,13 @@ class Row(NamedTuple):
         return self.factory(**{**self.hyperparameters, **self.options, **changed})
 
 
-_ASGD = {
-    "learning_rate": 0.3,
-    "lambd": 0.2,
-    "alpha": 0.6,
-    "t0": 1.25,
-    "weight_decay": 0.1,
-}
+# `optax.inject_hyperparams` reads these signatures: arguments must be named.
 
 
-def _uniform(
-    learning_rate, start=1, every=1, compensated=False, accumulator_dtype=None
-):
+def _uniform(learning_rate, every=1, compensated=False, accumulator_dtype=None):
     average = average_iterates(
         uniform_weighting(),
-        start=start,
+        start=1,
         every=every,
         compensated=compensated,
         accumulator_dtype=accumulator_dtype,
@@ -61,42 +61,32 @@ def _uniform(
     return optax.chain(optax.sgd(learning_rate), average)
 
 
-def _polynomial(learning_rate, gamma, start=1):
-    return optax.chain(
-        optax.sgd(learning_rate),
-        average_iterates(polynomial_weighting(gamma), start=start),
-    )
-
-
-def _exponential(learning_rate, decay, start=1):
-    return optax.chain(
-        optax.sgd(learning_rate),
-        average_iterates(exponential_weighting(decay), start=start),
-    )
-
-
-def _power(learning_rate, gamma, start=1):
-    return optax.chain(
-        optax.sgd(learning_rate), average_iterates(power_weighting(gamma), start=start)
-    )
-
-
-def _plain_ema(learning_rate, decay, start=0, every=1):
-    """As many keep by hand: from the parameters, every so many steps."""
-    weighting = exponential_weighting(decay, debias=False)
-    average = average_iterates(weighting, start=start, every=every, include_start=True)
+def _polynomial(learning_rate, gamma):
+    average = average_iterates(polynomial_weighting(gamma), start=1)
     return optax.chain(optax.sgd(learning_rate), average)
 
 
-def _nt_asgd(learning_rate, lambd, alpha, weight_decay, compensated=False):
-    """Given losses that rise from the first on, it triggers at the third update."""
+def _exponential(learning_rate, decay):
+    average = average_iterates(exponential_weighting(decay), start=1)
+    return optax.chain(optax.sgd(learning_rate), average)
+
+
+def _power(learning_rate, gamma):
+    average = average_iterates(power_weighting(gamma), start=1)
+    return optax.chain(optax.sgd(learning_rate), average)
+
+
+def _plain_ema(learning_rate, decay, every=1):
+    """Return SGD with the EMA that many write by hand: it starts from the params."""
+    weighting = exponential_weighting(decay, debias=False)
+    average = average_iterates(weighting, every=every, include_start=True)
+    return optax.chain(optax.sgd(learning_rate), average)
+
+
+def _nt_asgd(learning_rate, lambd, alpha, weight_decay):
+    """Return `nt_asgd` with rising losses, so that the third update triggers it."""
     tx = nt_asgd(
-        learning_rate,
-        nonmono=1,
-        lambd=lambd,
-        alpha=alpha,
-        weight_decay=weight_decay,
-        compensated=compensated,
+        learning_rate, nonmono=1, lambd=lambd, alpha=alpha, weight_decay=weight_decay
     )
 
     def update(updates, state, params=None, **extra):
@@ -105,54 +95,30 @@ def _nt_asgd(learning_rate, lambd, alpha, weight_decay, compensated=False):
     return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
-def _random_scaling(learning_rate, start=1):
-    return optax.chain(optax.sgd(learning_rate), track_random_scaling(start=start))
+def _random_scaling(learning_rate):
+    return optax.chain(optax.sgd(learning_rate), track(start=1))
 
 
-def _running_random_scaling(learning_rate, start=1):
-    """Fed the iterates, in a chain: what takes a stream passes the same battery."""
-    scaling = running_random_scaling(start=start)
-
-    def update(updates, state, params=None, **extra):
-        return updates, scaling.update(state, optax.apply_updates(params, updates))
-
-    feed = optax.GradientTransformationExtraArgs(scaling.init, update)
-    return optax.chain(optax.sgd(learning_rate), feed)
-
-
-_NT_ASGD = {name: v for name, v in _ASGD.items() if name != "t0"}
+_SGD = {"learning_rate": 0.3}
+_NT_ASGD = {**_SGD, "lambd": 0.2, "alpha": 0.6, "weight_decay": 0.1}
+_ASGD = {**_NT_ASGD, "t0": 1.25}
 
 ROWS = [
     Row("asgd", asgd, _ASGD, {}),
     Row("asgd-compensated", asgd, _ASGD, {"compensated": True}, arrays=2),
     Row("nt_asgd", _nt_asgd, _NT_ASGD, {}),
-    Row("uniform", _uniform, {"learning_rate": 0.3}, {}),
-    Row("uniform-every", _uniform, {"learning_rate": 0.3}, {"every": 2}),
+    Row("uniform", _uniform, _SGD, {}),
+    Row("uniform-every", _uniform, _SGD, {"every": 2}),
     Row(
         "uniform-compensated",
         _uniform,
-        {"learning_rate": 0.3},
+        _SGD,
         {"compensated": True, "accumulator_dtype": "float32"},
         arrays=2,
     ),
-    Row("polynomial", _polynomial, {"learning_rate": 0.3, "gamma": 1.5}, {}),
-    Row("exponential", _exponential, {"learning_rate": 0.3, "decay": 0.4}, {}),
-    Row("power", _power, {"learning_rate": 0.3, "gamma": 1.5}, {}),
-    Row("plain-ema", _plain_ema, {"learning_rate": 0.3, "decay": 0.4}, {"every": 2}),
-    Row(
-        "random-scaling",
-        _random_scaling,
-        {"learning_rate": 0.3},
-        {},
-        arrays=5,
-        complex=False,
-    ),
-    Row(
-        "running-random-scaling",
-        _running_random_scaling,
-        {"learning_rate": 0.3},
-        {},
-        arrays=5,
-        complex=False,
-    ),
+    Row("polynomial", _polynomial, {**_SGD, "gamma": 1.5}, {}),
+    Row("exponential", _exponential, {**_SGD, "decay": 0.4}, {}),
+    Row("power", _power, {**_SGD, "gamma": 1.5}, {}),
+    Row("plain-ema", _plain_ema, {**_SGD, "decay": 0.4}, {"every": 2}),
+    Row("random-scaling", _random_scaling, _SGD, {}, arrays=5, complex=False),
 ]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where there is no GPU compiler, there is nothing to collect here: `make test-gpu`."""
+"""Collect nothing here without the GPU compiler: `make test-gpu` installs it."""
 
 from benchmarks import compilers
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where there is no browser to drive, there is nothing to collect: `make test-docs`."""
+"""Collect nothing here without Playwright: `make test-docs` installs it."""
 
 import importlib.util
 

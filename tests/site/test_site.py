@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The built site in a real browser, wide and narrow, light and dark.
+"""The built site in a browser, wide and narrow, light and dark.
 
-`make test-docs` builds it first. Of some pages pictures are left in out/site, to be
-looked at.
+`make test-docs` builds it first. Screenshots of some pages are saved to out/site.
 """
 
 import contextlib
@@ -19,16 +18,16 @@ from playwright.sync_api import Browser, Page, Route, sync_playwright
 
 ROOT = Path(__file__).parents[2]
 SITE = ROOT / "build" / "docs"
-PICTURES = ROOT / "out" / "site"
+FOLDER = ROOT / "out" / "site"
 
-# Debian's; Playwright's own browsers are not needed.
+# Debian's package: Playwright's own browsers are not needed.
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 ARGUMENTS = [
-    "--no-sandbox",  # refused to root
+    "--no-sandbox",  # Chromium has no sandbox for root
     "--disable-gpu",
     "--disable-quic",
     "--no-first-run",
-    # Requests of the browser's own.
+    # No requests by the browser itself.
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
@@ -36,15 +35,15 @@ ARGUMENTS = [
 
 HOME = "index.html"
 MATHEMATICS = ["choosing.html", "api/asgd.html"]
-LOOKED_AT = [HOME, "choosing.html", "api/asgd.html", "gallery.html"]
-# Without a build there is one case still, and it fails.
+SCREENSHOTS = [HOME, "choosing.html", "api/asgd.html", "gallery.html"]
+# Without a build one case remains, which fails.
 PAGES = sorted(str(p.relative_to(SITE)) for p in SITE.rglob("*.html")) or [HOME]
 WIDTHS = [1280, 390]
 Scheme = Literal["light", "dark"]
 
 
 class Visit(NamedTuple):
-    """A page in the browser, and what went wrong on it so far."""
+    """A page in the browser, its errors so far and its requests to other sites."""
 
     page: Page
     errors: list[str]
@@ -52,15 +51,15 @@ class Visit(NamedTuple):
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
-    """Serves files, and logs nothing."""
+    """Serve files without logging."""
 
     def log_message(self, format: str, *args: object) -> None:
-        """Says nothing."""
+        """Do nothing."""
 
 
 @pytest.fixture(scope="module")
 def root() -> Iterator[str]:
-    """The address under which the build is served."""
+    """Serve the build and return its address."""
     handler = functools.partial(Quiet, directory=SITE)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -70,7 +69,7 @@ def root() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Chromium, headless."""
+    """Start Chromium without a window."""
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         yield chromium
@@ -81,7 +80,7 @@ def browser() -> Iterator[Browser]:
 def visited(
     browser: Browser, root: str, path: str, width: int, scheme: Scheme = "light"
 ) -> Iterator[Visit]:
-    """The page, once all is loaded and its mathematics set."""
+    """Open a page and wait until everything is loaded and MathJax has finished."""
     context = browser.new_context(
         viewport={"width": width, "height": 900}, color_scheme=scheme
     )
@@ -111,9 +110,9 @@ def visited(
 
 
 def scrolls_sideways(page: Page) -> bool:
-    """Whether the text does; code, tables and formulas may, each by itself.
+    """Return whether the text scrolls; code, tables and formulas may, by themselves.
 
-    The theme hides that the page would, by letting what holds the text do so instead.
+    The theme hides a page that is too wide: the element around the text scrolls then.
     """
     return bool(
         page.evaluate("""() => {
@@ -128,8 +127,10 @@ def scrolls_sideways(page: Page) -> bool:
 
 
 @pytest.mark.parametrize("path", PAGES)
-def test_page(browser: Browser, root: str, path: str) -> None:
-    """Loads whole and from nowhere else; sets its mathematics; fits a telephone."""
+def test_page_loads_without_errors_and_fits_its_width(
+    browser: Browser, root: str, path: str
+) -> None:
+    """Nothing is requested from other sites, and all formulas are set."""
     with visited(browser, root, path, WIDTHS[0]) as (page, errors, outside):
         for width in WIDTHS:
             page.set_viewport_size({"width": width, "height": 900})
@@ -144,8 +145,10 @@ def test_page(browser: Browser, root: str, path: str) -> None:
 
 
 @pytest.mark.parametrize("path", MATHEMATICS)
-def test_mathematics(browser: Browser, root: str, path: str) -> None:
-    """Is there, inline and displayed, in MathJax's own fonts."""
+def test_formulas_are_set_inline_and_displayed(
+    browser: Browser, root: str, path: str
+) -> None:
+    """In MathJax's own fonts."""
     with visited(browser, root, path, 1280) as (page, *_):
         assert page.locator("span.math mjx-container").count() > 0
         assert page.locator("div.math mjx-container").count() > 0
@@ -155,16 +158,16 @@ def test_mathematics(browser: Browser, root: str, path: str) -> None:
         )
 
 
-def test_copy_buttons(browser: Browser, root: str) -> None:
-    """Every block of code has one."""
+def test_every_code_block_has_a_copy_button(browser: Browser, root: str) -> None:
     with visited(browser, root, HOME, 1280) as (page, *_):
         blocks = page.locator("div.highlight")
         assert blocks.locator("button.copybtn").count() == blocks.count() > 0
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_search(browser: Browser, root: str, width: int) -> None:
-    """Finds the accessor from the first page, its own page among the results."""
+def test_search_finds_the_page_of_a_function(
+    browser: Browser, root: str, width: int
+) -> None:
     with visited(browser, root, HOME, width) as (page, errors, outside):
         if width < 1000:
             page.locator("label.nav-overlay-icon").first.click()
@@ -183,15 +186,14 @@ def test_search(browser: Browser, root: str, width: int) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("path", LOOKED_AT)
-def test_pictures(
+@pytest.mark.parametrize("path", SCREENSHOTS)
+def test_page_follows_the_color_scheme_of_the_system(
     browser: Browser, root: str, path: str, width: int, scheme: Scheme
 ) -> None:
-    """The scheme that the reader's system asks for is the page's."""
     with visited(browser, root, path, width, scheme) as (page, *_):
         name = path.removesuffix(".html").replace("/", "-")
-        PICTURES.mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=PICTURES / f"{name}-{width}-{scheme}.png", full_page=True)
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=FOLDER / f"{name}-{width}-{scheme}.png", full_page=True)
         ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
         red, green, blue = map(int, ground.removeprefix("rgb(").rstrip(")").split(","))
         assert (red + green + blue > 384) == (scheme == "light")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where there is no TPU compiler, there is nothing to collect here: `make test-tpu`."""
+"""Collect nothing here without the TPU compiler: `make test-tpu` installs it."""
 
 import importlib.util
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the TPU compiler makes of a step, ahead of time: `make test-tpu`."""
+"""Steps compiled ahead of time for TPUs: `make test-tpu`."""
 
 import optax
 import pytest
@@ -10,8 +10,8 @@ from examples import pod_plan
 from tests.compiled_rows import compile_row
 from tests.transformations import ROWS
 
-# Half a gigabyte of float32: a smaller leaf may be prefetched into vector memory,
-# and its bytes then count several times.
+# Half a gigabyte of float32. The compiler may prefetch a smaller leaf into vector
+# memory, and then counts its bytes several times.
 SIZE = 2**27
 
 over_generations = pytest.mark.parametrize(
@@ -22,7 +22,7 @@ over_generations = pytest.mark.parametrize(
 @over_generations
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_a_step_is_one_kernel_that_moves_the_least(row, dtype, topology):
+def test_step_is_one_kernel_that_moves_the_least_bytes(row, dtype, topology):
     step, least, between, kernels = compile_row(row, dtype, topology, SIZE)
     assert step.kernels == kernels
     assert step.moved <= least + 0.1 * SIZE
@@ -33,8 +33,7 @@ def test_a_step_is_one_kernel_that_moves_the_least(row, dtype, topology):
     assert step.collectives == []
 
 
-def test_the_count_of_collectives_finds_one():
-    """A norm over the whole mesh is summed across it."""
+def test_collectives_lists_the_all_reduce_of_a_global_norm():
     tx, params = (
         optax.clip_by_global_norm(1.0),
         compilers.leaf("v6e:2x2", "float32", 2**20),
@@ -46,8 +45,8 @@ def test_the_count_of_collectives_finds_one():
 @pytest.mark.parametrize("topology", ["v5e:2x4", "v6e:2x2"])
 @pytest.mark.parametrize("every", [1, 10])
 @pytest.mark.parametrize("compensated", [False, True])
-def test_an_average_in_host_memory_is_staged_leaf_by_leaf(compensated, every, topology):
-    """Left to itself the compiler stages ten leaves, on v5e all 24."""
+def test_average_in_host_memory_is_staged_leaf_by_leaf(compensated, every, topology):
+    """Without our order the compiler stages ten leaves at once, on v5e all 24."""
     leaves, size = 24, 2**22
     sgd = optax.sgd(0.1)
     tx = optax.chain(sgd, average_iterates(every=every, compensated=compensated))
@@ -57,14 +56,14 @@ def test_an_average_in_host_memory_is_staged_leaf_by_leaf(compensated, every, to
 
     arrays = 2 if compensated else 1
     assert step.host_arguments == 4 * size * arrays * leaves
-    # Fetched and put away once each; left where it is on the steps between.
+    # Moved once to the device and once back, and not at all on the steps between.
     assert step.host_moved == 2 * step.host_arguments
     assert step.host_moved_between == (step.host_moved if every == 1 else 0)
     assert step.temporary <= 4 * 4 * size * arrays
     assert step.collectives == []
 
 
-def test_asgd_averages_in_host_memory_too():
+def test_asgd_keeps_its_average_in_host_memory():
     params = [compilers.leaf("v6e:2x2", "bfloat16", 2**22)] * 24
     state = compilers.state_like(asgd(), params, host=True)
     step = compilers.compile_step(asgd(), params, state)
@@ -72,16 +71,16 @@ def test_asgd_averages_in_host_memory_too():
     assert step.temporary <= 4 * 4 * 2**22
 
 
-def test_the_pod_plan(capsys):
+def test_pod_plan_prints_bytes_of_a_sharded_step(capsys):
     figures = pod_plan.main()
     assert figures.total == pytest.approx(70.55e9, rel=1e-3)
-    # 256 chips share the matrices; the norms are copied.
+    # 256 chips share the matrices; the norms are replicated.
     assert figures.parameters == pytest.approx(figures.total / 256, rel=0.01)
     assert figures.params == 2 * figures.parameters
     assert figures.average == 4 * figures.parameters
     step = figures.step
     assert 14.0 <= step.moved / figures.parameters <= 14.1
-    # The plan's last line: what is prefetched counts for more.
+    # The compiler's own count is larger: it includes prefetched bytes.
     assert step.accessed > 1.1 * step.moved
     assert step.temporary == 0
     assert step.collectives == []
@@ -94,7 +93,7 @@ def test_the_pod_plan(capsys):
 
 
 @pytest.mark.parametrize("topology", ["v4:4x4x4", "v5e:4x4", "v5p:4x4x4"])
-def test_the_pod_plan_of_layers_apart(topology):
+def test_pod_plan_moves_the_same_bytes_with_separate_layers(topology):
     figures = pod_plan.main(topology, layers=2, apart=True)
     assert 14.0 <= figures.step.moved / figures.parameters <= 14.1
     assert figures.step.temporary == 0
@@ -102,6 +101,6 @@ def test_the_pod_plan_of_layers_apart(topology):
 
 
 @pytest.mark.parametrize("topology", ["v6e:3x5", "v6e:square", "v9:2x2"])
-def test_an_unknown_topology_is_refused(topology):
+def test_devices_of_raises_for_an_unknown_topology(topology):
     with pytest.raises(RuntimeError, match="INVALID_ARGUMENT"):
         compilers.devices_of(topology)
