@@ -30,7 +30,7 @@ PARAMS = {"w": jnp.ones((2, 3)), "b": [jnp.ones(3)]}
 
 def statistic_of(state):
     """Return the statistic's state inside a state of `track`."""
-    return state
+    return state.statistic
 
 
 @functools.partial(jax.jit, static_argnames="start")
@@ -316,7 +316,7 @@ def test_level_must_be_concrete():
         ({"a": jnp.ones(3)}, ValueError, r"\['a'\].*\(3,\)"),
         ({"a": 1.0}, ValueError, r"\['a'\]"),
         ({"a": jnp.ones(2), "b": 1.0}, ValueError, r"\['b'\]"),
-        ({"a": "text"}, ValueError, r"\['a'\]"),
+        ({"a": "text"}, TypeError, r"\['a'\]"),
         ({"a": jnp.ones(2, complex)}, TypeError, r"\['a'\].*complex64"),
         ({"a": np.ones(2, "float64")}, ValueError, r"\['a'\].*float64"),
     ],

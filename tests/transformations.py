@@ -13,14 +13,15 @@ from asgd_optax import (
     nt_asgd,
     polynomial_weighting,
     power_weighting,
-    track_random_scaling,
+    running_random_scaling,
+    track_iterates,
     uniform_weighting,
 )
 
 
 def track(start=0):
     """Return the transformation that tracks random scaling."""
-    return track_random_scaling(start=start)
+    return track_iterates(running_random_scaling(start=start))
 
 
 class Row(NamedTuple):

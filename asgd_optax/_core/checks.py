@@ -199,8 +199,12 @@ def check_update(
             "params are missing: call `update(updates, state, params)`, or wrap the"
             " optimizer in asgd_optax.with_own_params if you cannot change the call"
         )
-    if any(map(_is_sparse, jax.tree.leaves(updates, is_leaf=_is_sparse))):
-        raise TypeError("updates are sparse: make them dense first with `.todense()`")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(updates, is_leaf=_is_sparse):
+        if _is_sparse(leaf):
+            raise TypeError(
+                f"updates{jax.tree_util.keystr(path)} is a sparse"
+                f" {type(leaf).__name__}: make it dense first with `.todense()`"
+            )
     check_params(params)
     for name, tree in {"updates": updates, **kept}.items():
         check_params(tree, name)
