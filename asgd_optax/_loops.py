@@ -29,11 +29,11 @@ class EndOnAverageState(NamedTuple):
     """State of `end_on_average`.
 
     Attributes:
-      step: number of finished updates. Shape (), int32; stays at 2**31 - 1.
+      finished: number of finished updates. Shape (), int32; stays at 2**31 - 1.
       inner_state: the state of the wrapped transformation.
     """
 
-    step: jax.Array
+    finished: jax.Array
     inner_state: optax.OptState
 
 
@@ -146,8 +146,8 @@ def end_on_average(
     ) -> tuple[optax.Updates, EndOnAverageState]:
         checks.check_state(state, EndOnAverageState)
         updates, inner = tx.update(updates, state.inner_state, params, **extra_args)
-        step = optax.safe_increment(jnp.asarray(state.step))
-        is_last = step == split_count(steps)[0]
+        finished = optax.safe_increment(jnp.asarray(state.finished))
+        is_last = finished == split_count(steps)[0]
         iterates = optax.apply_updates(params, updates)
         ends = averaged_params(inner, iterates)
 
@@ -158,6 +158,6 @@ def end_on_average(
             return jnp.where(is_last, way.astype(update.dtype), update)
 
         updates = jax.tree.map(select, updates, params, iterates, ends)
-        return updates, EndOnAverageState(step, inner)
+        return updates, EndOnAverageState(finished, inner)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

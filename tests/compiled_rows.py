@@ -6,7 +6,8 @@ import jax
 from benchmarks import compilers
 
 # The least bytes per parameter that a step can move, by the number of arrays in the
-# state: it reads the gradient, and reads and writes the parameter and those arrays.
+# state: it reads the gradient, and reads and writes the parameter and those arrays,
+# which are float32.
 LEAST_BYTES = {
     "float32": {1: 20, 2: 28, 5: 52},
     "bfloat16": {1: 14, 2: 22, 5: 46},
@@ -25,7 +26,8 @@ def compile_row(row, dtype, target, size):
     step = compilers.compile_step(tx, params, state)
     shapes = [x.shape for x in jax.tree.leaves(state)]
     assert shapes.count(params.shape) == row.arrays
-    least, width = LEAST_BYTES[dtype][row.arrays], params.dtype.itemsize
+    width = params.dtype.itemsize
+    least = LEAST_BYTES[dtype][row.arrays] - 2 * row.narrow_arrays * (4 - width)
     if "every" in row.options:
         # The kernel of a branch reads the iterate that the first kernel wrote.
         return step, (least + width) * size, 3 * width * size, 2

@@ -411,6 +411,19 @@ def test_map_params_reaches_every_array_of_the_state(row):
     assert bits(same) == bits(state)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
+@each_row
+def test_strict_dtype_promotion_is_enough(row, dtype):
+    def run(params, grads):
+        params, state = train(row.make(), params, [grads, grads])
+        return averaged_params(state, params), averaged_params(state)
+
+    params = {"w": jnp.ones((2, 3), dtype), "b": jnp.ones((), dtype)}
+    if dtype != "complex64" or row.complex:
+        with jax.numpy_dtype_promotion("strict"):
+            jax.eval_shape(run, params, params)
+
+
 @each_row
 def test_trees_without_numbers_are_accepted(row):
     tx = row.make()

@@ -100,7 +100,7 @@ def test_end_on_average_lands_on_the_average_once(dtype):
     tx_all, state = run(tx, params, grads)
     change = jax.tree.map(lambda a, b: np.abs(a - b).max(initial=0), *tx_all[-3:-1])
     assert max(jax.tree.leaves(change)) < 0.25
-    assert state.step == STEPS
+    assert state.finished == STEPS
 
 
 def test_end_on_average_updates_parameters_that_are_not_averaged():
