@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from asgd_optax._accessors.averaged_params import averaged_params
 from asgd_optax._core import averaging, checks
-from asgd_optax._core.numerics import copied, split_count
+from asgd_optax._core.numerics import copied, rounded_update, split_count, wide_dtype
 
 
 class WithOwnParamsState(NamedTuple):
@@ -154,8 +154,10 @@ def end_on_average(
         def select(update: Any, param: Any, iterate: Any, end: Any) -> jax.Array:
             if end is iterate:  # not averaged
                 return update
-            way = averaging.in_device_memory(end) - param
-            return jnp.where(is_last, way.astype(update.dtype), update)
+            end = averaging.in_device_memory(end)
+            wide = wide_dtype(end)
+            way = end.astype(wide) - jnp.asarray(param).astype(wide)
+            return jnp.where(is_last, rounded_update(way, update.dtype), update)
 
         updates = jax.tree.map(select, updates, params, iterates, ends)
         return updates, EndOnAverageState(finished, inner)
