@@ -365,8 +365,8 @@ One step alone, float32, gradients fixed. JAX on {jax_device}, torch on \
 - *bandwidth*: least bytes over time, in percent of the faster copy in the same run (an
   array as large as three of the tree's, negated in place). A step that reads more than
   it writes may exceed 100 %.
-- *compile*: to trace and lower + to compile, medians of {rotations}. For torch, one number:
-  the first call minus a later one.
+- *compile*: to trace and lower + to compile, medians of {rotations}. For torch, the
+  first call minus a later one.
 - *AveragedModel*: with its defaults, and with `get_ema_multi_avg_fn`.
 - *torch ASGD, compiled*: `torch.compile` of the step with `foreach` and `capturable`.
   {left_out}

@@ -311,9 +311,9 @@ otherwise. Medians (and quartiles) of {repetitions} repetitions.
   row without an average. That row's own quartiles are {noise:.1f} % apart, so smaller
   differences mean nothing.
 - *update alone*: clipping, AdamW, `apply_updates` and the average, with the gradients
-  given; {calls} per repetition. *average, of a step*: what the average adds to the update, in
-  percent of the whole step without an average. The share shrinks as batches grow,
-  because the cost of an average does not depend on the batch.
+  given; {calls} per repetition. *average, of a step*: what the average adds to the
+  update, in percent of the whole step without an average. The share shrinks as batches
+  grow, because the cost of an average does not depend on the batch.
 - *by hand*: the same rule as a `tree_map` after `apply_updates` (`by_hand.py`);
   *update / by hand*: our update over that one. Decay of the EMAs: {decay}.
 - *every={every}*: the whole steps that are timed do not average; one in {every} of the

@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run at a constant rate, averaged afterwards, against runs along schedules.
+"""One run at a constant learning rate, averaged afterwards, compared with schedules.
 
-    python -m benchmarks.after_the_run
+    python -m studies.after_the_run
 
-The transformer of `examples/after_the_run.py`, trained by one seed after another at a
-constant rate, with checkpoints; along a cosine to zero, for every horizon anew; and
-with a linear cooldown to zero over the last fifth of the horizon, which goes on from
-the constant run's checkpoint. All runs of a seed begin with the same weights and see
-the same batches. What is chosen, the start of a mean or a width, is chosen by the
-validation text; all losses are those of the test text, which serves nothing else.
+Trains the transformer of `examples/after_the_run.py` in three ways for each seed:
 
-A training whose result lies in the folder of the runs is not trained again: with
-another text or dtype, take another folder.
+- at a constant learning rate, with checkpoints;
+- along a cosine to zero, with a new run for every horizon;
+- with a linear cooldown to zero over the last fifth of the horizon, which resumes from
+  the constant run's checkpoint.
+
+All runs of a seed begin with the same weights and see the same batches. The validation
+text chooses the start or the width of an average. All losses are measured on the test
+text, which is used for nothing else.
+
+Trainings whose results are in the folder of the runs are not repeated. Use another
+folder for another text or dtype.
 """
 
 import argparse
@@ -38,10 +42,10 @@ from asgd_optax import (
     power_weighting,
 )
 from asgd_optax.checkpoints import average_checkpoints, decay_coefficients
-from benchmarks import command_line, harness
 from examples import after_the_run as lesson
+from tools import command_line, report
 
-COOLDOWN = 0.2  # of the horizon, at its end
+COOLDOWN = 0.2  # the last fraction of the horizon
 VALIDATION, TEST = 16, 64  # batches of 16 pieces
 ITERATE = "0"  # the model's part of a checkpoint
 WINDOW = "constant rate, its best mean"
@@ -59,10 +63,10 @@ ROWS = {
 
 
 class Sizes(NamedTuple):
-    """Of the study.
+    """Sizes of the study.
 
     Attributes:
-      horizons: steps of the scheduled runs; the constant run takes the most.
+      horizons: steps of the scheduled runs; the constant run takes the longest.
       ends: steps between two points of the picture's curves.
     """
 
@@ -72,12 +76,12 @@ class Sizes(NamedTuple):
 
 FULL = Sizes((250, 500, 1000), 100)
 QUICK = Sizes((125, 250), 125)
-# Of the lesson, where it is only to be seen that it runs.
+# Sizes of the network and the batches for `--quick`.
 TINY = {"LAYERS": 1, "WIDTH": 16, "HEADS": 2, "CONTEXT": 16, "BATCH_SIZE": 4}
 
 
 class Curves(NamedTuple):
-    """Losses of the constant run in the test text, by step; and the mean's start."""
+    """Test losses of the constant run by step, and the start of the best mean."""
 
     iterate: dict[int, float]
     window: dict[int, float]
@@ -89,7 +93,7 @@ def constant_rate() -> optax.Schedule:
 
 
 def branches(horizon: int) -> dict[str, tuple[int, optax.Schedule]]:
-    """The step from which a scheduled run goes on, and its rate."""
+    """Return the step from which each scheduled run continues, and its schedule."""
     warmup, rate = lesson.WARMUP, lesson.RATE
     cosine = optax.warmup_cosine_decay_schedule(0.0, rate, warmup, horizon)
     length = round(COOLDOWN * horizon)
@@ -107,10 +111,10 @@ def train(
     run: Path | None = None,
     save: Callable[[int, Any], None] | None = None,
 ) -> Any:
-    """The model's parameters after these steps.
+    """Train for these steps, and return the model's parameters.
 
-    They are from 1 on, or go on from a checkpoint of `run`. `save` is given every step
-    and what is trained: the model and its optimizer.
+    Steps that do not begin at 1 resume from a checkpoint of `run`. `save` is called
+    after every step with its number, and with the model and optimizer.
     """
     trained = lesson.create(schedule, seed)
     if steps[0] > 1 and run is not None:
@@ -127,11 +131,11 @@ def train(
 
 
 def train_constant(text: np.ndarray, seed: int, steps: int, run: Path) -> None:
-    """The run at the constant rate, with its checkpoints."""
+    """Train at the constant learning rate, with checkpoints."""
     finished = run / f"finished_{steps}"
     if finished.exists():
         return
-    shutil.rmtree(run, ignore_errors=True)  # one that was broken off
+    shutil.rmtree(run, ignore_errors=True)  # an interrupted run
     with ocp.CheckpointManager(run.absolute()) as manager:
 
         def save(n: int, trained: Any) -> None:
@@ -145,7 +149,7 @@ def train_constant(text: np.ndarray, seed: int, steps: int, run: Path) -> None:
 def train_scheduled(
     text: np.ndarray, seed: int, name: str, horizon: int, folder: Path
 ) -> Path:
-    """The checkpoint of a scheduled run's model."""
+    """Train along a schedule, and return the path of the model's checkpoint."""
     path = folder.absolute() / f"{name.split()[0]}_{horizon}"
     if not path.exists():
         first, schedule = branches(horizon)[name]
@@ -157,13 +161,13 @@ def train_scheduled(
 
 
 class Run:
-    """The run at the constant rate: what its checkpoints give, and its losses."""
+    """The run at the constant learning rate: its averages and their losses."""
 
     def __init__(self, folder: Path, steps: int, score: Callable[..., float]) -> None:
         self.steps = range(lesson.EVERY, steps + 1, lesson.EVERY)
         self.like = nnx.state(lesson.create(0.0, 0)[0])
         self.score = score
-        # Small models: what is asked for often is read once.
+        # The model is small, so each average is read only once.
         self.kept = {
             (part, n): average_checkpoints([folder / str(n)], part=part, like=self.like)
             for part in (ITERATE, *lesson.KEPT)
@@ -171,7 +175,7 @@ class Run:
         }
 
     def average(self, parts: Sequence[str], steps: Any, target: AverageProfile) -> Any:
-        """Another average, of those that were kept."""
+        """Reconstruct an average from the kept ones."""
         kept = [(part, n) for part in parts for n in steps]
         profiles = [AverageProfile(n, lesson.KEPT[part]) for part, n in kept]
         fit = posthoc_coefficients(profiles, target)
@@ -188,14 +192,14 @@ class Run:
         return self.average(lesson.POWERS, steps, AverageProfile(end, weighting))
 
     def merged(self, schedule: str, end: int) -> Any:
-        """The iterates of the cooldown's steps, merged as by this decay."""
+        """Merge the checkpoints of the cooldown's steps as this decay would."""
         first = end - round(COOLDOWN * end)
         iterates = [self.kept[ITERATE, n] for n in self.steps if first <= n <= end]
         coefficients = decay_coefficients(len(iterates), schedule)
         return combine_averages(iterates, coefficients)
 
     def best_start(self, end: int) -> int:
-        """Of the mean up to `end`, by the validation text."""
+        """Choose the start of the mean up to `end` by the validation text."""
         starts = range(0, end, lesson.EVERY)
         return min(starts, key=lambda n: self.score(self.mean(n, end), validate=True))
 
@@ -207,7 +211,7 @@ class Run:
 
 
 def scorer(validation: np.ndarray, test: np.ndarray) -> Callable[..., float]:
-    """What measures the loss of parameters in one text or the other."""
+    """Return a function that measures the loss of parameters in either text."""
     graphdef = nnx.graphdef(lesson.create(0.0, 0)[0])
 
     def stacked(text: np.ndarray, batches: int) -> jax.Array:
@@ -229,7 +233,7 @@ def scorer(validation: np.ndarray, test: np.ndarray) -> Callable[..., float]:
 def study(
     texts: Sequence[np.ndarray], seed: int, sizes: Sizes, folder: Path
 ) -> tuple[dict[int, dict[str, float]], Curves]:
-    """A seed's losses by horizon and row, and its curves."""
+    """Return a seed's losses by horizon and row, and its curves."""
     training, validation, test = texts
     steps = max(sizes.horizons)
     train_constant(training, seed, steps, folder / "constant")
@@ -265,26 +269,26 @@ def study(
 
 
 PAGE = """\
-# One run at a constant rate against schedules
+# One run at a constant learning rate compared with schedules
 
 A decoder-only transformer in Flax NNX ({parameters} parameters: {layers} layers of
 {width}, a context of {context} bytes, batches of {batch}, {dtype}) learns
 {megabytes:.1f} MB of Python's standard library by bytes: AdamW at {rate:g} (b2 0.95,
-weight decay 0.1) after a warm-up of {warmup} steps, gradients clipped. Losses in the
-test text, nats a byte, mean ± standard deviation over {seeds} seeds; what is chosen is
-chosen by the validation text. In brackets: the mean difference to the linear cooldown.
+weight decay 0.1) after a warm-up of {warmup} steps, with clipped gradients. Test losses
+in nats per byte, mean ± standard deviation over {seeds} seeds; all choices are made on
+the validation text. In brackets: the mean difference from the linear cooldown.
 
 {table}
 
-- *best mean*: of the iterates after a step, made of two uniform averages in checkpoints
-  {every} steps apart, by `posthoc_coefficients`. Chosen were the last
-  {lengths} steps of {horizons}.
-- *best width*: a power-function average, made of those of widths 0.05 and 0.10.
-- *merged*: the iterates in the checkpoints of the last {percent:g} %, by
-  `decay_coefficients` (WSM, Tian et al. 2025); as by 1 - x is their mean.
-- *cosine*, *linear cooldown* (of the last {percent:g} %): trained for their horizon, as
-  they have to be; the cooldown goes on from a checkpoint of the constant run. All have
-  the same highest rate, which was tuned for none of them.
+- *best mean*: of the parameters after some step, reconstructed by
+  `posthoc_coefficients` from two uniform averages in checkpoints {every} steps apart.
+  The best were the last {lengths} steps of {horizons}.
+- *best width*: a power-function average, reconstructed from widths 0.05 and 0.10.
+- *merged*: the parameters in the checkpoints of the last {percent:g} %, weighted by
+  `decay_coefficients` (WSM, Tian et al. 2025); 1 - x gives their mean.
+- *cosine*, *linear cooldown* (of the last {percent:g} %): each is trained for its own
+  horizon; the cooldown resumes from a checkpoint of the constant run. All share one
+  peak learning rate, which was not tuned for any of them.
 
 ![Losses by steps](after_the_run.png)
 """
@@ -299,7 +303,7 @@ def format_page(
     def cell(horizon: int, name: str) -> str:
         losses = np.array([of_seed[horizon][name] for of_seed in rows])
         over = losses - [of_seed[horizon][LINEAR] for of_seed in rows]
-        text = command_line.spread(losses, 3)
+        text = report.spread(losses, 3)
         return text if name == LINEAR else f"{text} ({np.mean(over):+.3f})"
 
     header = ["", *(f"{horizon:,} steps" for horizon in sizes.horizons)]
@@ -320,7 +324,7 @@ def format_page(
         rate=lesson.RATE,
         warmup=lesson.WARMUP,
         seeds=len(rows),
-        table=harness.table(header, table),
+        table=report.table(header, table),
         every=lesson.EVERY,
         lengths=", ".join(lengths),
         horizons=", ".join(f"{horizon:,}" for horizon in sizes.horizons),
@@ -333,11 +337,11 @@ def draw(
     curves: Sequence[Curves],
     output: Path,
 ) -> None:
-    """The constant run's curves, and a point for every scheduled run."""
-    plt.style.use(harness.STYLE)
+    """Draw the constant run's curves, and a point for every scheduled run."""
+    plt.style.use(report.STYLE)
     figure, axes = plt.subplots(figsize=(7, 4.4))
     shown = {
-        "constant rate: iterate": ("C0", [c.iterate for c in curves]),
+        "constant rate: last iterate": ("C0", [c.iterate for c in curves]),
         "constant rate: best mean": ("C1", [c.window for c in curves]),
     }
     for label, (color, of_seeds) in shown.items():
@@ -350,7 +354,7 @@ def draw(
         losses = np.array([[of_seed[n][name] for n in horizons] for of_seed in rows])
         label = f"{name}, trained for its horizon"
         axes.plot(horizons, losses.mean(0), marker, color=ROWS[name], label=label, ms=8)
-    axes.set(xlabel="steps", ylabel="test loss (nats a byte)", yscale="log")
+    axes.set(xlabel="steps", ylabel="test loss (nats per byte)", yscale="log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_title(f"Mean and range of {len(rows)} seeds")
@@ -360,10 +364,10 @@ def draw(
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = harness.parser("One run at a constant rate, averaged, against schedules.")
+    parser = command_line.report_parser("One averaged run compared with schedules.")
     parser.add_argument(
         "--seeds",
-        type=command_line.count_to(100, "as many trainings"),
+        type=command_line.whole_number(1, 100),
         default=3,
         help="trainings of each kind (default: %(default)s)",
     )
@@ -377,19 +381,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--dtype",
         choices=("float32", "bfloat16"),
         default="float32",
-        help="in which the network computes (default: %(default)s)",
+        help="dtype of the network's computation (default: %(default)s)",
     )
     parser.add_argument(
         "--runs",
         type=Path,
         default=Path("out/after_the_run"),
-        help="folder for the checkpoints, 1 GB a seed (default: %(default)s)",
+        help="folder for the checkpoints, 1 GB per seed (default: %(default)s)",
     )
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Trains what is not trained yet, measures; writes the table and the picture."""
+    """Train what is missing, measure, and write the table and the picture."""
     options = parse(argv)
     sizes, runs = FULL, options.runs
     if options.quick:
@@ -404,7 +408,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows.append(row)
         curves.append(curve)
     page = format_page(rows, curves, sizes, sum(map(len, texts)))
-    harness.report("after_the_run", page, options.output)
+    report.write("studies.after_the_run", page, options.output)
     draw(rows, curves, options.output / "after_the_run.png")
 
 

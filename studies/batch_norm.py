@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stale statistics of BatchNorm cost at other rates.
+"""Effect of stale BatchNorm statistics at other learning rates.
 
-    python -m benchmarks.batch_norm --rate 0.3
+    python -m studies.batch_norm --rate 0.3
 
-The training of `examples/batch_norm.py`, whose rate, 3, is one at which they do harm:
-at a small one the iterates lie close together, and their statistics serve the average.
+Trains as `examples/batch_norm.py`. There the learning rate is 3, where stale statistics
+do harm. At a small learning rate the iterates are close together, and their statistics
+fit the average.
 """
 
 from collections.abc import Sequence
 
-from benchmarks import command_line
 from examples import batch_norm
+from tools import command_line, report
 
 
 def main(argv: Sequence[str] | None = None) -> batch_norm.Results:
-    """Trains, prints the table and returns what was measured."""
+    """Train, print the table and return the scores."""
     parser = command_line.Parser(
         "Average a network with BatchNorm; compare its statistics."
     )
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> batch_norm.Results:
     command_line.add_seeds(parser, batch_norm.SEEDS)
     options = parser.parse_args(argv)
     results = batch_norm.main(options.rate, steps=options.steps, seeds=options.seeds)
-    print(command_line.describe(vars(options)))
+    print(report.describe(vars(options)))
     return results
 
 

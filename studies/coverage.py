@@ -1,28 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How often the intervals of random scaling hold the truth.
+"""Coverage of random-scaling confidence intervals.
 
-    python -m benchmarks.coverage --output benchmarks/coverage.md
+    python -m studies.coverage --output studies/results
 
-The designs of Lee, Liao, Seo & Shin (2022): one pass of SGD over a stream of
-independent observations, one a step, from zero. The d regressors are N(0, I), the
-true coefficients d numbers evenly spaced from 0 to 1; the response is linear with
-noise N(0, 1), or logistic. For quantile regression (2022b) the first regressor is an
-intercept, and the noise that of the linear design. The step sizes are theirs, c t^-a,
-and those of the rules in `docs/guides/confidence_intervals.md`: of one run, and of two
-on the same observations, the second at twice the rate of the first, extrapolated.
-Float32.
+Uses the designs of Lee, Liao, Seo & Shin (2022): one pass of SGD from zero over a stream
+of independent observations, one per step. The d regressors are N(0, I), and the true
+coefficients are evenly spaced from 0 to 1. The response is linear with noise N(0, 1), or
+logistic. For quantile regression (2022b) the first regressor is an intercept, and the
+noise is that of the linear design.
 
-Every transformation in the chain is elementwise, so the replications are one more axis
-of the parameters. All step sizes see the same data, and two trackers stand in one
-chain, one that averages from the first iterate on and one after a burn-in.
+The learning rates are those of the papers, c t^-a, and those of the rules in
+`docs/guides/confidence_intervals.md`: for one run, and for two runs on the same
+observations, the second at twice the rate of the first, which are extrapolated. Float32.
+
+Every operation is elementwise, so the replications are one more axis of the parameters.
+All learning rates see the same data. Each run has several trackers: one that averages
+from the first iterate, and others that start after a burn-in.
 """
 
-import os
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
@@ -33,23 +31,23 @@ import optax
 from tqdm import tqdm
 
 from asgd_optax import averaged_params, confidence_interval, running_random_scaling
-from benchmarks import command_line
+from tools import command_line, report
 
 CHUNK = 100  # observations drawn at once
-BURN_IN = 100  # one observation of so many
+BURN_IN = 100  # the burn-in is n / BURN_IN observations
 
 
 class Design(NamedTuple):
-    """A regression to learn from a stream; its coefficients are of shape (d,)."""
+    """A regression to learn from a stream, with coefficients of shape (d,)."""
 
     name: str
     loss: Callable[[jax.Array, jax.Array], jax.Array]
-    # Of a key and the regressors times the coefficients.
+    # Takes a PRNG key, and the regressors times the coefficients.
     response: Callable[[jax.Array, jax.Array], jax.Array]
     coefficients: np.ndarray
     # The diagonal of H^-1 S H^-1: n times the least asymptotic variance.
     bounds: np.ndarray
-    # At least the second derivative, by the prediction, of the expected loss.
+    # A bound of the expected loss's second derivative in the prediction.
     curvature: float
     intercept: bool = False
 
@@ -59,7 +57,7 @@ class Design(NamedTuple):
 
 
 class Rate(NamedTuple):
-    """The step size min(cap, c t^-a) of the t-th update."""
+    """The learning rate min(cap, c t^-a) of the t-th update."""
 
     c: float
     a: float
@@ -70,11 +68,11 @@ class Rate(NamedTuple):
 
 
 class Method(NamedTuple):
-    """Runs on the same observations, and what the intervals are made of.
+    """Runs on the same observations, and the sum that gets the intervals.
 
     Attributes:
-      multiples: what each run multiplies the step size by.
-      weights: of the runs' iterates in their sum.
+      multiples: factor of the learning rate in each run.
+      weights: weight of each run's iterate in the sum.
     """
 
     multiples: tuple[int, ...]
@@ -82,23 +80,23 @@ class Method(NamedTuple):
 
 
 ONE_RUN = Method((1,), (1,))
-# Without what is proportional to the rate: Richardson's extrapolation.
+# Richardson extrapolation removes the bias proportional to the learning rate.
 EXTRAPOLATED = Method((1, 2), (2, -1))
 
 
 class Row(NamedTuple):
-    """What one step size and one start gave, over coefficients and replications.
+    """Results for one learning rate and start, over coefficients and replications.
 
     Attributes:
-      coverage: share of the 95 % intervals that hold the truth.
-      error: its Monte Carlo standard error. The coefficients of one replication
-        depend on each other; it is that of the mean over independent replications.
-      first: coverage of the first coefficient, the figure of the paper.
-      length: mean length over the efficient one.
-      rmse: root of the mean square of the average's errors, each over its bound.
-      bias: root of the mean square, over coefficients, of the mean error over
-        replications, each over its bound; from 1,000 replications of no bias about
-        0.03.
+      coverage: fraction of the 95 % intervals that cover the true value.
+      error: Monte Carlo standard error of the coverage. It is computed over
+        replications, because the coefficients within one are dependent.
+      first: coverage of the first coefficient, which the paper reports.
+      length: mean length relative to the efficient length.
+      rmse: root mean square of the average's errors, each divided by its bound.
+      bias: root mean square over the coefficients of the mean error over
+        replications, each divided by its bound. Without bias it is about 0.03 with
+        1,000 replications.
     """
 
     coverage: float
@@ -131,9 +129,9 @@ def linear(d: int) -> Design:
 
 
 def logistic(d: int) -> Design:
-    """With H = S = E[s'(b.x) x x'], s the logistic function.
+    """Return logistic regression: H = S = E[s'(b.x) x x'], s the logistic function.
 
-    In the direction of b and across it they are integrals over one normal number u:
+    In the direction of b and across it these are integrals over a normal number u:
     E[s'(|b| u) u^2] and E[s'(|b| u)].
     """
     b = np.linspace(0, 1, d)
@@ -147,15 +145,15 @@ def logistic(d: int) -> Design:
 
 
 def quantile(tau: float, d: int) -> Design:
-    """With H = f I and S = tau (1 - tau) I, f the noise's density at its quantile.
+    """Return quantile regression: H = f I, S = tau (1 - tau) I, f the noise's density.
 
-    The noise is shifted to a quantile of 0: all of it is in the intercept.
+    The noise is shifted so that its quantile is 0; the intercept contains the shift.
     """
     noise = NormalDist()
     shift = noise.inv_cdf(tau)
 
     def loss(prediction: jax.Array, y: jax.Array) -> jax.Array:
-        """Its derivative is 1{y <= prediction} - tau."""
+        """Compute the loss whose derivative is 1{y <= prediction} - tau."""
         above, below = tau * (y - prediction), (1 - tau) * (prediction - y)
         return jnp.where(y <= prediction, below, above)
 
@@ -170,7 +168,7 @@ def quantile(tau: float, d: int) -> Design:
 
 
 class Study(NamedTuple):
-    """Step sizes tried on one stream of data, the rule's among them."""
+    """Learning rates tried on one stream of data, including the rule's."""
 
     design: Design
     observations: int
@@ -178,23 +176,25 @@ class Study(NamedTuple):
     method: Method
     tried: Sequence[Rate]
     starts: Sequence[int]
-    # The rule's own.
+    # Of the rule.
     rate: Rate
     start: int
 
 
 def start(design: Design, n: int) -> int:
+    """Return the burn-in of the rule."""
     return max(n // BURN_IN, 10 * len(design.coefficients))
 
 
 def one_run(design: Design, n: int, replications: int, *others: Rate) -> Study:
+    """Return a study of one run."""
     rate, last = Rate(0.5, 0.505, 1 / len(design.coefficients)), start(design, n)
     tried, starts = [*others, rate], sorted({0, n // BURN_IN, last})
     return Study(design, n, replications, ONE_RUN, tried, starts, rate, last)
 
 
 def two_runs(design: Design, n: int, replications: int, *others: float) -> Study:
-    """The rates are those of the first run, min(cap, c t^-a), the cap the rule's."""
+    """Return a study of two runs; the learning rates are those of the first run."""
     c = 1 / design.curvature
     rate, last = Rate(c, 0.505, c / (2 * len(design.coefficients))), start(design, n)
     tried = [rate._replace(c=each) for each in sorted({c, *others})]
@@ -202,7 +202,7 @@ def two_runs(design: Design, n: int, replications: int, *others: float) -> Study
 
 
 def sections(n: int, replications: int) -> list[list[Study]]:
-    """What stands under each heading of the page."""
+    """Return the studies under each heading of the page."""
     few, fewer = replications // 4, replications // 10
     paper = [design(d) for design in (linear, logistic) for d in (5, 20)]
     quantiles = [quantile(tau, d) for tau in (0.5, 0.9) for d in (5, 20)]
@@ -210,9 +210,9 @@ def sections(n: int, replications: int) -> list[list[Study]]:
     return [
         [
             *[one_run(design, n, replications, *steps) for design in paper],
-            # How far the logistic intervals get with more observations.
+            # Logistic intervals with more observations.
             *[one_run(logistic(d), 10 * n, few) for d in (5, 20)],
-            # Where they fail, and do not show it: there is next to no curvature.
+            # The intervals fail without a sign here, for lack of curvature.
             one_run(logistic(200), n, replications // 16),
             one_run(linear(200), n, replications // 16),
             *[one_run(logistic(d), n // 10, replications) for d in (5, 20)],
@@ -231,7 +231,7 @@ def sections(n: int, replications: int) -> list[list[Study]]:
 def draw(
     design: Design, replications: int, key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Regressors (CHUNK, d, replications) and responses (CHUNK, replications)."""
+    """Draw regressors (CHUNK, d, replications), responses (CHUNK, replications)."""
     keys = jax.random.split(key)
     d = len(design.coefficients)
     x = jax.random.normal(keys[0], (CHUNK, d, replications))
@@ -242,7 +242,7 @@ def draw(
 
 
 def measure(study: Study, seed: int) -> tuple[list[list[Row]], float]:
-    """A list of rows for each start, a row for each rate; and the seconds it took."""
+    """Return a list of rows per start, with a row per learning rate, and the seconds."""
     design, observations, replications, method, tried, starts, *_ = study
     trackers = [running_random_scaling(start=s) for s in starts]
     multiples = jnp.array(method.multiples)
@@ -292,7 +292,7 @@ def measure(study: Study, seed: int) -> tuple[list[list[Row]], float]:
 
 
 def summarise(design: Design, state: Any, observations: int, count: int) -> list[Row]:
-    """The rows of one tracker's state, whose leaves are led by the axis of rates."""
+    """Compute the rows of a tracker's state, whose leading axis is learning rates."""
     lower, upper = (
         np.asarray(end, np.float64) for end in jax.vmap(confidence_interval)(state)
     )
@@ -315,22 +315,20 @@ def summarise(design: Design, state: Any, observations: int, count: int) -> list
 
 
 PAGE = """\
-# Coverage of the 95 % intervals of random scaling
+# Coverage of random-scaling 95 % confidence intervals
 
-    {command}
+{replications:,} replications (a quarter of them for n = {long:,}; for d = 200 a \
+sixteenth, extrapolated a tenth), float32. The rules were chosen on other seeds.
 
-{replications:,} replications (a quarter of them where n is {long:,}; where d is 200 \
-a sixteenth, extrapolated a tenth), float32, {cores} CPU cores, jax {jax}. The rules \
-were chosen on other seeds.
-
-- *coverage*: of all coefficients, ± its Monte Carlo standard error over independent
-  replications; *first*: of the first coefficient, the figure of the paper.
-- *length*: mean length over the efficient one, 2 · 1.96 · sqrt((H^-1 S H^-1)_jj / n).
-  In the limit it is 1.30: what it costs to know nothing of H and S.
-- *RMSE*: root of the mean square of the averages' errors times sqrt(n), over the
-  Cramér-Rao bound, sqrt((H^-1 S H^-1)_jj).
-- *bias*: the same of their mean over the replications; {noise:.2f} is noise alone
-  ({long_noise:.2f} where n is {long:,}; where d is 200 {flat_noise:.2f}, extrapolated
+- *coverage*: over all coefficients, ± its Monte Carlo standard error over independent
+  replications; *first*: of the first coefficient, as the paper reports.
+- *length*: mean length relative to the efficient one, which is
+  2 · 1.96 · sqrt((H^-1 S H^-1)_jj / n). Its limit is 1.30, the price of not knowing H
+  and S.
+- *RMSE*: root mean square of the averages' errors times sqrt(n), over the Cramér-Rao
+  bound, sqrt((H^-1 S H^-1)_jj).
+- *bias*: the same for the mean error over the replications; {noise:.2f} is noise only
+  ({long_noise:.2f} for n = {long:,}; for d = 200 {flat_noise:.2f}, extrapolated
   {wide_noise:.2f}).
 - *seconds*: of the run that gave all rows of a design and n.
 
@@ -340,8 +338,9 @@ were chosen on other seeds.
 
 ## Two runs, extrapolated
 
-On the same observations, at the step size and at twice that: the intervals are those of
-2 p - p', p the iterates of the first and p' of the second.
+Both runs see the same observations; the second has twice the learning rate. The
+intervals are those of 2 p - p', where p are the iterates of the first run and p' those of
+the second.
 
 {1}
 
@@ -355,16 +354,17 @@ On the same observations, at the step size and at twice that: the intervals are 
 """
 
 HEAD = """\
-| design | n | step size | start | coverage | first | length | RMSE | bias | seconds |
+| design | n | learning rate | start | coverage | first | length | RMSE | bias | seconds |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
 
 
 def format_row(study: Study, rate: Rate, start: int, row: Row, seconds: float) -> str:
-    step_size = f"{rate.c:g} t^-{rate.a:g}"
+    """Format a row of the page; the rule's learning rate is bold."""
+    formula = f"{rate.c:g} t^-{rate.a:g}"
     if np.isfinite(rate.cap):
-        step_size = f"min({rate.cap:g}, {step_size})"
+        formula = f"min({rate.cap:g}, {formula})"
     if (rate, start) == (study.rate, study.start):
-        step_size = f"**{step_size}**, the rule"
+        formula = f"**{formula}**, the rule"
     figures = [
         f"{value:.3f}" if value < 100 else f"{value:.0e}"
         for value in (row.first, row.length, row.rmse, row.bias)
@@ -372,7 +372,7 @@ def format_row(study: Study, rate: Rate, start: int, row: Row, seconds: float) -
     cells = [
         study.design.title,
         f"{study.observations:,}",
-        step_size,
+        formula,
         f"{start:,}",
         f"{row.coverage:.4f} ± {row.error:.4f}",
         *figures,
@@ -381,11 +381,11 @@ def format_row(study: Study, rate: Rate, start: int, row: Row, seconds: float) -
     return f"| {' | '.join(cells)} |"
 
 
-def tables(observations: int, replications: int, seed: int) -> Iterator[list[str]]:
-    """The page's tables, as far as they have come, after each design."""
+def tables(observations: int, replications: int, seed: int) -> list[str]:
+    """Run all studies, and format the page's tables."""
     parts = sections(observations, replications)
     tables = [HEAD] * len(parts)
-    seeds: dict[tuple[str, int], int] = {}  # one stream a design, for all its methods
+    seeds: dict[tuple[str, int], int] = {}  # all methods of a design see one stream
     for part, studies in enumerate(parts):
         for study in studies:
             stream = study.design.title, study.observations
@@ -395,11 +395,12 @@ def tables(observations: int, replications: int, seed: int) -> Iterator[list[str
                 for start, rows in zip(study.starts, results, strict=True):
                     line = format_row(study, rate, start, rows[k], seconds)
                     tables[part] += f"\n{line}"
-            yield tables
+    return tables
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = command_line.Parser("Coverage of the intervals.")
+    """Run all studies, and write the page."""
+    parser = command_line.report_parser("Coverage of confidence intervals.")
     parser.add_argument(
         "--observations",
         type=command_line.number(
@@ -412,42 +413,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument(
         "--replications",
-        type=command_line.number(int, lambda n: n >= 32, "32 or more"),
+        type=command_line.whole_number(32),
         default=1000,
-        help="streams of a design (default: %(default)s)",
+        help="streams per design (default: %(default)s)",
     )
     parser.add_argument(
         "--seed",
-        type=command_line.number(int, lambda n: 0 <= n < 2**31, "from 0 to 2147483647"),
+        type=command_line.whole_number(0),
         default=2022,
-        help="of the first design; the others count on (default: %(default)s)",
+        help="seed of the first design, from which the others count (default:"
+        " %(default)s)",
     )
-    parser.add_argument("--output", type=Path, help="where to write the page")
     options = parser.parse_args(argv)
-    if options.output is not None:  # now, not when all has been run
-        try:
-            options.output.open("a").close()
-        except OSError as error:
-            parser.error(f"argument --output: {options.output}: {error.strerror}")
     n, replications = options.observations, options.replications
-    page = ""
-    for parts in tables(n, replications, options.seed):
-        page = PAGE.format(
-            *parts,
-            command=f"python -m benchmarks.coverage {' '.join(argv or sys.argv[1:])}",
-            replications=replications,
-            long=10 * n,
-            noise=replications**-0.5,
-            long_noise=(replications // 4) ** -0.5,
-            flat_noise=(replications // 16) ** -0.5,
-            wide_noise=(replications // 10) ** -0.5,
-            cores=os.cpu_count(),
-            jax=jax.__version__,
-        )
-        if options.output is not None:  # what there is, so that nothing is lost
-            options.output.write_text(page, encoding="utf-8")
-    if options.output is None:
-        print(page)
+    if options.quick:
+        n, replications = 10 * CHUNK, 32
+    page = PAGE.format(
+        *tables(n, replications, options.seed),
+        replications=replications,
+        long=10 * n,
+        noise=replications**-0.5,
+        long_noise=(replications // 4) ** -0.5,
+        flat_noise=(replications // 16) ** -0.5,
+        wide_noise=(replications // 10) ** -0.5,
+    )
+    report.write("studies.coverage", page, options.output)
 
 
 if __name__ == "__main__":

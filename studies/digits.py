@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the digits' losses depend on the rate, on its schedule and on the noise.
+"""Losses on the digits by learning rate, schedule and noise.
 
-    python -m benchmarks.digits --rate 0.1 0.2 0.3 0.4 0.5 0.6 0.8 1.0 1.2
-    python -m benchmarks.digits --schedule linear --rate 0.8 1.2 1.6 2.0
-    python -m benchmarks.digits --noise 0
+    python -m studies.digits --rate 0.1 0.2 0.3 0.4 0.5 0.6 0.8 1.0 1.2
+    python -m studies.digits --schedule linear --rate 0.8 1.2 1.6 2.0
+    python -m studies.digits --noise 0
 
-The training of `examples/digits.py`, a row a rate. The rate to take is the one at
-which the last iterate does best on the validation set: choosing it by the average
-would favour the average.
+Trains as `examples/digits.py`, with one row per learning rate. Choose the learning rate
+at which the last iterate does best on the validation set, because choosing by the
+average would favour the average.
 """
 
 import argparse
@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import optax
 
-from benchmarks import command_line
 from examples import digits
+from tools import command_line, report
 
 SCHEDULES = {
     "constant": lambda rate, steps: rate,
@@ -34,14 +34,14 @@ HEADER = """\
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options, checked."""
+    """Parse and check the options."""
     parser = command_line.Parser("Train on the digits at several rates.")
     parser.add_argument(
         "--rate",
         type=command_line.positive,
         nargs="+",
         default=[digits.RATE],
-        help="learning rates, at the start (default: 0.6, as in the example)",
+        help="initial learning rates (default: 0.6, as in the example)",
     )
     parser.add_argument(
         "--schedule",
@@ -55,8 +55,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             float, lambda n: 0 <= n < math.inf, "0 or more, and finite"
         ),
         default=digits.NOISE,
-        help="standard deviation of the noise on the training images' pixels, which"
-        " lie in [0, 1] (default: %(default)s)",
+        help="standard deviation of the noise on the pixels, which are in [0, 1]"
+        " (default: %(default)s)",
     )
     command_line.add_steps(parser, digits.STEPS, least=digits.EVALUATE_EVERY)
     command_line.add_seeds(parser, digits.SEEDS)
@@ -64,11 +64,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def row(rate: float, results: Any) -> str:
-    """A rate's line of the table: losses at the end, mean ± standard deviation."""
+    """Format a row: losses at the end, mean ± standard deviation."""
     names = ("last", "averaged")
     validation = [results.curves[name].loss[-1] for name in names]
     test = [results.test[name].loss for name in names]
-    cells = [command_line.spread(losses, 4) for losses in (*validation, *test)]
+    cells = [report.spread(losses, 4) for losses in (*validation, *test)]
     lower = f"{np.sum(test[1] < test[0])} of {len(test[0])}"
     widths = (16, 19, 15, 15)
     spaced = " | ".join(f"{c:{w}}" for c, w in zip(cells, widths, strict=True))
@@ -76,7 +76,7 @@ def row(rate: float, results: Any) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> list[digits.Results]:
-    """Trains at every rate, prints the table and returns what was measured."""
+    """Train at every learning rate, print the table and return the results."""
     options = parse(argv)
     print(HEADER)
     measured = []
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> list[digits.Results]:
         print(row(rate, results), flush=True)
         measured.append(results)
     settings = {name: v for name, v in vars(options).items() if name != "rate"}
-    print(command_line.describe(settings))
+    print(report.describe(settings))
     return measured
 
 

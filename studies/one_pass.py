@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One pass is enough: logistic regression by averaged SGD, after Bottou.
+"""Is one pass enough? Logistic regression by averaged SGD, after Bottou.
 
-    python -m benchmarks.one_pass
+    python -m studies.one_pass
 
-The experiment of Bottou (COMPSTAT 2010) on data that need no download: how near the
-exact optimum of a regularised logistic regression is after one pass over the training
-set, and after ten. The optimum comes from Newton's method in float64; the methods run
-in float32, and what they find is judged in float64. All see the same orders of the
-examples, and the figures are means over the orders. The difference of two test errors
-is quoted with its standard error, and the times of a pass with their quartiles; see
-`benchmarks.harness`.
+Repeats the experiment of Bottou (COMPSTAT 2010) on data that need no download: how near
+to the exact optimum of a regularised logistic regression are one pass and ten passes
+over the training set? The optimum comes from Newton's method in float64. The methods
+run in float32 and are evaluated in float64. All see the examples in the same orders,
+and results are means over the orders. The difference of two test errors is reported
+with its standard error, and the times of a pass with quartiles (`benchmarks.harness`).
 """
 
 import os
@@ -34,14 +33,15 @@ from tqdm import tqdm
 
 from asgd_optax import asgd, average_iterates, averaged_params
 from benchmarks import harness
+from tools import command_line, report
 
 LAMBDA = 1e-5
 RATES = 2.0 ** np.arange(-14, 8)
-# A run advances by tenths of a pass, and is read after these.
+# A run advances by tenths of a pass, and is evaluated after these.
 CHECKPOINTS = (1, 2, 5, 10, 20, 50, 100)
 ONE_PASS = CHECKPOINTS.index(10)
 PASSES = (1, 2, 5, 10)
-# Of the chosen rate: what else is tried, in hindsight, for one pass.
+# Multiples of the chosen learning rate, tried in hindsight for one pass.
 FACTORS = (0.125, 0.25, 0.5, 2)
 # So that every batch size divides a tenth of the training set.
 MULTIPLE = 1280
@@ -60,7 +60,7 @@ LINES = {
 
 
 class Data(NamedTuple):
-    """Features (n, d), float32, of mean norm 1; labels (n,), -1 or 1."""
+    """Features (n, d), float32, with mean norm 1; labels (n,), -1 or 1."""
 
     x: jax.Array
     y: jax.Array
@@ -76,7 +76,7 @@ class Problem(NamedTuple):
 
 
 def synthetic(n: int, d: int, tests: int) -> Problem:
-    """Normal features, ill-conditioned, and labels with noise."""
+    """Draw ill-conditioned normal features, and labels with noise."""
     rng = np.random.default_rng(2010)
     deviations = np.arange(1, d + 1, dtype=np.float32) ** -0.75
     rotation = np.linalg.qr(rng.standard_normal((d, d), np.float32))[0]
@@ -94,10 +94,10 @@ def synthetic(n: int, d: int, tests: int) -> Problem:
 
 
 def vowels(length: int | None) -> Problem:
-    """Whether the next letter of Python's help is a vowel, by the 8 symbols before."""
+    """Ask whether a letter of Python's help is a vowel, given the 8 symbols before."""
     text = re.sub("[^a-z]+", " ", " ".join(topics.values()).lower())[:length]
     codes = np.maximum(np.frombuffer(text.encode(), np.uint8).astype(int) - 96, 0)
-    # Cut before there are windows: they overlap.
+    # Split first, because windows overlap.
     parts = np.split(codes, [len(codes) * 5 // 6])
     windows = [np.lib.stride_tricks.sliding_window_view(part, 9) for part in parts]
     training, test = (window[window[:, -1] > 0] for window in windows)
@@ -118,7 +118,7 @@ def vowels(length: int | None) -> Problem:
 def _scaled(
     name: str, description: str, x: np.ndarray, positive: np.ndarray, n: int
 ) -> Problem:
-    """The problem whose first n examples are to train on."""
+    """Scale the features; the first n examples are the training set."""
     # As scikit-learn's guide to SGD recommends.
     x /= np.mean(np.linalg.norm(x[:n], axis=1))
     y = np.where(positive, np.float32(1), np.float32(-1))
@@ -128,18 +128,18 @@ def _scaled(
     )
 
 
-Solutions = dict[str, list[np.ndarray]]  # by name, one a checkpoint
+Solutions = dict[str, list[np.ndarray]]  # by name, one per checkpoint
 
 
 class Method(NamedTuple):
-    """A way to descend with optax.
+    """A method of descent with optax.
 
     Attributes:
-      optimizer: of the rate, of d, and of the number of updates in a pass.
-      reads: what one run gives: names, and functions of state and parameters to a
-        solution. The rate is chosen for the first.
-      batch: examples an update.
-      passes: how many it is made for.
+      optimizer: takes the learning rate, d, and the number of updates per pass.
+      reads: the solutions of one run: names, and functions of state and parameters.
+        The learning rate is chosen for the first.
+      batch: examples per update.
+      passes: the number of passes it is made for.
     """
 
     optimizer: Callable[[Any, int, int], optax.GradientTransformation]
@@ -149,12 +149,12 @@ class Method(NamedTuple):
 
 
 def penalised(*transformations: optax.GradientTransformation) -> Any:
-    """Their chain, given the gradient of the whole objective."""
+    """Chain transformations that get the gradient of the whole objective."""
     return optax.chain(optax.add_decayed_weights(LAMBDA), *transformations)
 
 
 def bottou_asgd(rate: Any, d: int, steps: int) -> optax.GradientTransformation:
-    # `lambd` is the penalty too.
+    # `lambd` is also the penalty.
     return asgd(rate, lambd=LAMBDA, alpha=0.75, t0=min(d, steps))
 
 
@@ -196,7 +196,7 @@ METHODS = (
 CLASSIFIERS: dict[str, dict[str, Any]] = {
     "`SGDClassifier`": {},
     "`SGDClassifier`, average": {"average": True},
-    # Scikit-learn's guide: with averaging the rate "can be larger and even constant".
+    # scikit-learn's guide: with averaging the rate "can be larger and even constant".
     "`SGDClassifier`, average, constant rate": {
         "average": True,
         "learning_rate": "constant",
@@ -205,14 +205,14 @@ CLASSIFIERS: dict[str, dict[str, Any]] = {
 
 
 def begin(optimizer: Any, data: Data, rate: Any, batch: int) -> tuple[Any, Any]:
-    """Parameters and state at the start."""
+    """Return the initial parameters and state."""
     n, d = data.x.shape
     return jnp.zeros(d), optimizer(rate, d, n // batch).init(jnp.zeros(d))
 
 
 @partial(jax.jit, static_argnums=0)
 def advance(optimizer: Any, data: Data, rate: Any, carry: Any, batches: Any) -> Any:
-    """Parameters and state after an update for each row of `batches`."""
+    """Return parameters and state after an update for each row of `batches`."""
     n, d = data.x.shape
     tx = optimizer(rate, d, n // batches.shape[1])
 
@@ -228,7 +228,7 @@ def advance(optimizer: Any, data: Data, rate: Any, carry: Any, batches: Any) -> 
 
 
 def run(method: Method, data: Data, rate: float, order: np.ndarray) -> Solutions:
-    """The solutions at the checkpoints, by name; a row of `order` is a tenth."""
+    """Return the solutions at the checkpoints; a row of `order` is a tenth pass."""
     carry = begin(method.optimizer, data, rate, method.batch)
     solutions: Solutions = {name: [] for name, _ in method.reads}
     for tenth, rows in enumerate(order[: 10 * method.passes], 1):
@@ -255,7 +255,7 @@ def classifier(name: str, rate: float | None, shuffle: bool) -> SGDClassifier:
 def run_classifier(
     name: str, data: Data, rate: float | None, order: np.ndarray
 ) -> Solutions:
-    """As `run`, by scikit-learn."""
+    """Run scikit-learn, as `run` does for optax."""
     x, y = map(np.asarray, data)
     fit = classifier(name, rate, shuffle=False)
     solutions = []
@@ -266,8 +266,8 @@ def run_classifier(
     return {name: solutions}
 
 
-def judge(data: Data, weights: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Objective, and error in %, of each row of `weights`, in float64."""
+def evaluate(data: Data, weights: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return objective, and error in %, of each row of `weights`, in float64."""
     weights = np.asarray(weights, np.float64)
     losses, errors = np.zeros(len(weights)), np.zeros(len(weights))
     x, y = map(np.asarray, data)
@@ -281,7 +281,7 @@ def judge(data: Data, weights: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def optimum(data: Data) -> tuple[np.ndarray, float]:
-    """The minimiser, and the norm of the objective's gradient there."""
+    """Return the minimiser, and the norm of the objective's gradient there."""
     x, y = np.asarray(data.x, np.float64), np.asarray(data.y, np.float64)
     newton = LogisticRegression(
         C=1 / (len(y) * LAMBDA),
@@ -295,14 +295,14 @@ def optimum(data: Data) -> tuple[np.ndarray, float]:
 
 
 def choose_rates(data: Data) -> dict[str, float | None]:
-    """By one pass over a tenth of the data, and the objective on it; None: default."""
+    """Choose learning rates by one pass over a tenth of the data; None: the default."""
     n = len(data.y) // 10
     subset = Data(data.x[:n], data.y[:n])
     order = np.arange(n, dtype=np.int32)
     rates: dict[str, float | None] = {}
 
     def best(solutions: Any) -> float:
-        return float(RATES[np.nanargmin(judge(subset, solutions)[0])])
+        return float(RATES[np.nanargmin(evaluate(subset, solutions)[0])])
 
     def one_pass(method: Method, rate: jax.Array) -> jax.Array:
         carry = begin(method.optimizer, subset, rate, method.batch)
@@ -322,14 +322,14 @@ def choose_rates(data: Data) -> dict[str, float | None]:
 
 
 class Row(NamedTuple):
-    """What one method gave.
+    """The results of a method.
 
     Attributes:
-      rate: None for the default.
-      costs: training objectives less the optimum's, means over orders. Shape
+      rate: the learning rate; None for the default.
+      costs: training objectives minus the optimum's, means over orders. Shape
         (checkpoints,).
-      errors: test errors in %, as `costs`.
-      hindsight: the lowest cost after one pass of the first order, over rates.
+      errors: test errors in %, like `costs`.
+      hindsight: the lowest cost after one pass of the first order, over learning rates.
     """
 
     rate: float | None
@@ -339,14 +339,14 @@ class Row(NamedTuple):
 
 
 class Study(NamedTuple):
-    """A problem's rows, by name, and its optimum.
+    """A problem's rows by name, and its optimum.
 
     Attributes:
       cost: the optimum's objective.
       slope: the norm of the objective's gradient there.
       error: the optimum's test error in %.
-      difference: `asgd`'s test error less the optimum's after one pass of the first
-        order, in points, and its standard error.
+      difference: `asgd`'s test error minus the optimum's after one pass of the first
+        order, in percentage points, and its standard error.
     """
 
     problem: Problem
@@ -358,7 +358,7 @@ class Study(NamedTuple):
 
 
 def permutations(n: int, seed: int) -> np.ndarray:
-    """Ten passes, each in an order of its own, by tenths. Shape (100, n // 10)."""
+    """Return ten passes in different orders, by tenths. Shape (100, n // 10)."""
     rng = np.random.default_rng(seed)
     passes = [rng.permutation(n).astype(np.int32) for _ in range(10)]
     return np.concatenate(passes).reshape(100, -1)
@@ -367,7 +367,7 @@ def permutations(n: int, seed: int) -> np.ndarray:
 def run_all(
     data: Data, rates: Mapping[str, float | None], orders: int
 ) -> dict[str, list[np.ndarray]]:
-    """Every method's solutions: of all orders, then of one pass at other rates."""
+    """Run every method: all orders, then one pass at other learning rates."""
     passes = [permutations(len(data.y), seed) for seed in range(orders)]
     runs = {method.reads[0][0]: partial(run, method, data) for method in METHODS}
     runs |= {name: partial(run_classifier, name, data) for name in CLASSIFIERS}
@@ -389,22 +389,23 @@ def run_all(
 
 
 def study(problem: Problem, orders: int) -> Study:
-    """The optimum, and how near to it every method comes."""
+    """Find the optimum, and how near to it every method comes."""
     training, test = problem.training, problem.test
     exact, slope = optimum(training)
-    (cost,), (error,) = judge(training, exact[None])[0], judge(test, exact[None])[1]
+    (cost,), _ = evaluate(training, exact[None])
+    _, (error,) = evaluate(test, exact[None])
     rates = choose_rates(training)
     found = run_all(training, rates, orders)
     rows = {}
     for name, solutions in found.items():
         flat = np.concatenate(solutions[:orders])
-        costs, errors = judge(training, flat)[0] - cost, judge(test, flat)[1]
+        costs, errors = evaluate(training, flat)[0] - cost, evaluate(test, flat)[1]
         tried = [points[ONE_PASS] for points in (solutions[0], *solutions[orders:])]
         rows[name] = Row(
             rates[name],
             costs.reshape(orders, -1).mean(axis=0),
             errors.reshape(orders, -1).mean(axis=0),
-            np.nanmin(judge(training, tried)[0]) - cost,
+            np.nanmin(evaluate(training, tried)[0]) - cost,
         )
     x, y = map(np.asarray, test)
     wrong, exact_wrong = (
@@ -416,7 +417,7 @@ def study(problem: Problem, orders: int) -> Study:
 
 
 def quality_table(result: Study) -> str:
-    """Excess costs and test errors of every method, and the optimum's."""
+    """Format excess costs and test errors of every method and the optimum."""
     at = [CHECKPOINTS.index(10 * passes) for passes in PASSES]
     lines = []
     for name, row in result.rows.items():
@@ -432,11 +433,11 @@ def quality_table(result: Study) -> str:
         )
     lines.append(["exact optimum", "", *["0"] * 5, *[f"{result.error:.2f}"] * 2])
     costs = [f"cost {passes}" for passes in PASSES]
-    return harness.table(["", "rate", *costs, "best 1", "error 1", "error 10"], lines)
+    return report.table(["", "rate", *costs, "best 1", "error 1", "error 10"], lines)
 
 
 def verdict(result: Study) -> str:
-    """What the table says of one pass, in words."""
+    """Summarise the table in words."""
     rows, points = result.rows, "{:+.2f} ± {:.2f} points".format(*result.difference)
 
     def lower(what: str, costs: Mapping[str, float]) -> str:
@@ -449,8 +450,8 @@ def verdict(result: Study) -> str:
     }
     sentence = (
         f"After one pass of the first order `asgd`'s test error is {points} from the"
-        " optimum's (± the standard error of the difference). Of lower cost than"
-        " `asgd`, the lowest first:"
+        " optimum's (± the standard error of the difference). Methods with a lower cost"
+        " than `asgd`, lowest first:"
     )
     lists = [
         lower("one pass", {n: row.costs[ONE_PASS] for n, row in rows.items()}),
@@ -461,7 +462,7 @@ def verdict(result: Study) -> str:
 
 
 def passes_to_time(data: Data) -> dict[str, harness.Contestant]:
-    """One pass over the training set, by batch size."""
+    """Time one pass over the training set, by batch size."""
     order = permutations(len(data.y), 0)[:10]
     x, y = map(np.asarray, data)
     setups: dict[str, Callable[[], Any]] = {}
@@ -488,54 +489,55 @@ def time_table(times: Mapping[str, harness.Time]) -> str:
         [name, f"{time.median:.3f}", f"{time.low:.3f} to {time.high:.3f}"]
         for name, time in times.items()
     ]
-    return harness.table(["", "seconds a pass", "quartiles"], lines)
+    return report.table(["", "seconds per pass", "quartiles"], lines)
 
 
 INTRODUCTION = """\
-# One pass is enough
+# Is one pass enough?
 
 Logistic regression in float32: the mean loss + λ/2 |w|², λ = {LAMBDA:g}, from w = 0.
-*Cost* is the objective on the training set less that of the exact optimum, and *error*
+*Cost* is the objective on the training set minus that of the exact optimum, and *error*
 the test error in %, after so many passes: means over {orders} orders of the examples,
-the same for all. Batch 1 unless the row says otherwise.
+the same for all methods. The batch size is 1 unless the row says otherwise.
 
 - `asgd`: Bottou's rate g0 (1 + λ g0 t)^-0.75, averaging after the first d updates,
-  `lambd` = λ. Its last iterate, of the same run, is SGD at the same rate.
-- SGD: Bottou's g0 (1 + λ g0 t)^-1; or a rate that falls from g0 to 0 in just one pass.
-- Adam: a constant rate; `average_iterates` begins after the first d updates.
-- `SGDClassifier`: its default rate; with averaging, also a constant one.
+  `lambd` = λ. The last iterate of the same run is SGD at the same learning rate.
+- SGD: Bottou's g0 (1 + λ g0 t)^-1, or a learning rate that falls from g0 to 0 in one
+  pass.
+- Adam: a constant learning rate; `average_iterates` begins after the first d updates.
+- `SGDClassifier`: its default learning rate; with averaging, also a constant one.
 
-*Rate* is the g0, or the constant rate, of the powers of 2 from {low:.1e} to {high:g},
+*Rate* is g0, or the constant learning rate: the power of 2 from {low:.1e} to {high:g}
 with the lowest objective on a tenth of the training set after one pass over that tenth.
-*Best 1* is, in hindsight, the lowest cost after one pass of the first order at that
-rate, an eighth, a quarter, a half and the double of it."""
+*Best 1* is, in hindsight, the lowest cost after one pass of the first order at this
+rate, an eighth, a quarter, a half and twice it."""
 
 
 def section(result: Study) -> str:
-    """What the report says of a problem."""
+    """Format the report of a problem."""
     training, test = result.problem.training, result.problem.test
     n, d = training.x.shape
-    # The objective exceeds its least value by at most |gradient|^2 / (2 lambda).
+    # The objective exceeds its minimum by at most |gradient|^2 / (2 lambda).
     bound = result.slope**2 / (2 * LAMBDA)
     description = (
         f"{n:,} training and {len(test.y):,} test examples, d = {d}:"
         f" {result.problem.description}. {np.mean(test.y > 0):.1%} of the test set are"
         f" positive. The optimum's objective is {result.cost:.6f}, within {bound:.0e}"
-        f" of the least, as its gradient, of norm {result.slope:.0e}, bounds it."
+        f" of the minimum, because its gradient has norm {result.slope:.0e}."
     )
     parts = [textwrap.fill(description, 88), quality_table(result), verdict(result)]
     return "\n\n".join([f"## {result.problem.name}", *parts])
 
 
 def draw(results: Sequence[Study], output: Path) -> None:
-    """Draws the cost against passes, a panel for each problem."""
-    plt.style.use(harness.STYLE)
+    """Draw the cost by passes, a panel for each problem."""
+    plt.style.use(report.STYLE)
     figure, panels = plt.subplots(1, 2, figsize=(10, 5))
     passes = np.array(CHECKPOINTS) / 10
     for axes, result in zip(panels, results, strict=True):
         for name, (colour, style) in LINES.items():
             costs = result.rows[name].costs
-            # A rate that falls to 0 in one pass is read there alone.
+            # A learning rate that falls to 0 in one pass is shown only there.
             shown = slice(0 if len(costs) == len(passes) else ONE_PASS, len(costs))
             label = name.replace("`", "")
             axes.plot(passes[shown], costs[shown], style, color=colour, label=label)
@@ -557,9 +559,10 @@ def draw(results: Sequence[Study], output: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Studies both problems, and times a pass; saves the report and the picture."""
-    options = harness.parser("One pass of averaged SGD, and ten.").parse_args(argv)
-    jax.config.update("jax_platforms", "cpu")  # where scikit-learn is
+    """Study both problems, time a pass, and save the report and the picture."""
+    parser = command_line.report_parser("One pass of averaged SGD, and ten.")
+    options = parser.parse_args(argv)
+    jax.config.update("jax_platforms", "cpu")  # as scikit-learn
     quick = options.quick
     orders, repetitions = (2, 2) if quick else (3, 5)
     first = synthetic(*((1280, 20, 1000) if quick else (195 * MULTIPLE, 500, 50_000)))
@@ -575,7 +578,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         " order is drawn beforehand;\n`SGDClassifier` shuffles within its time.",
         time_table(times),
     ]
-    harness.report("one_pass", "\n\n".join(text), options.output)
+    report.write("studies.one_pass", "\n\n".join(text), options.output)
     draw(results, options.output / "one_pass.png")
 
 

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How often the tumours' intervals hold the truth, over the factor of the step size.
+"""Coverage of the tumour example's intervals by learning rate.
 
-    python -m benchmarks.online_inference
+    python -m studies.online_inference
 
-The streams of `examples/online_inference.py`, a row a c of min(1/d, c t^-0.505) and an
-estimate: the average at one rate, and that extrapolated from c and 2c. The rule of
-`docs/guides/confidence_intervals.md` is c = 1/2. All figures are over the questions.
+Follows the streams of `examples/online_inference.py` at learning rates
+min(1/d, c t^-0.505). There is a row for every c and estimate: the average at one
+learning rate, and the extrapolation from c and 2c. The rule in
+`docs/guides/confidence_intervals.md` is c = 1/2. All numbers are over the questions.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks import command_line
 from examples import online_inference
 from examples.online_inference import (
     ESTIMATES,
@@ -22,11 +22,12 @@ from examples.online_inference import (
     STREAMS,
     Study,
 )
+from tools import command_line
 
 
 def main(argv: Sequence[str] | None = None) -> list[Study]:
-    """Follows the streams at every rate, prints the table, returns the studies."""
-    parser = command_line.Parser("Coverage on the tumours at several rates.")
+    """Follow the streams at every learning rate, print and return the results."""
+    parser = command_line.Parser("Coverage on the tumours by learning rate.")
     parser.add_argument(
         "--rate",
         type=command_line.positive,
@@ -46,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> list[Study]:
     )
     parser.add_argument(
         "--streams",
-        type=command_line.count_to(10**6, "a million"),
+        type=command_line.whole_number(1, 10**6),
         default=STREAMS,
-        help="to count over (default: %(default)s)",
+        help="number of streams (default: %(default)s)",
     )
     options = parser.parse_args(argv)
     print(
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> list[Study]:
             error = shares.mean(axis=1).std() / np.sqrt(options.streams)
             worst = shares.mean(axis=0).argmin()
             middle, length = (lower + upper)[:, k] / 2, (upper - lower)[:, k].mean()
-            # Of the mean over the streams, in standard deviations among them.
+            # Of the mean over the streams, in their standard deviations.
             bias = (middle.mean(axis=0) - study.truth) / middle.std(axis=0)
             overall = f"{shares.mean():.1f} ± {error:.1f}"
             least = f"{names[worst]}, {shares[:, worst].mean():.0f} %"

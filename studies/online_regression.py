@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Regressions on a stream, with intervals: SGD in one pass, chunk after chunk.
+"""Regressions on a stream with confidence intervals: one pass of SGD in chunks.
 
-Each observation is a step of a `lax.scan` over the chunk; what goes from chunk to chunk
-are the parameters and the state, so that memory does not grow with the stream. The
+Each observation is a step of a `lax.scan` over its chunk. Only the parameters and the
+state pass from chunk to chunk, so memory does not grow with the stream. The learning
 rates are those of `docs/guides/confidence_intervals.md`.
 """
 
@@ -15,14 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from asgd_optax import (
-    averaged_params,
-    confidence_interval,
-    running_random_scaling,
-    track_random_scaling,
-)
+from asgd_optax import confidence_interval, running_random_scaling
 
-DECAY = 0.505  # the rate's exponent
+DECAY = 0.505  # exponent of the learning rate
 
 # Regressors (m, d) and responses (m,).
 Chunk = tuple[np.ndarray, np.ndarray]
@@ -32,7 +27,7 @@ class Loss(NamedTuple):
     """A convex function of a prediction and a response.
 
     Attributes:
-      slope: its derivative by the prediction.
+      slope: its derivative with respect to the prediction.
       curvature: a bound of the second derivative, in the mean over the responses.
     """
 
@@ -43,46 +38,47 @@ class Loss(NamedTuple):
 LOSSES = {
     "least squares": Loss(lambda p, y: p - y, 1.0),
     "logistic": Loss(lambda p, y: jax.nn.sigmoid(p) - y, 1 / 4),
-    # Half the absolute error; under noise N(0, 1) its curvature is 0.40.
+    # Half the absolute error; with noise N(0, 1) its curvature is 0.40.
     "median": Loss(lambda p, y: jnp.where(y <= p, 0.5, -0.5), 1 / 2),
 }
 
 
 class Learner(NamedTuple):
-    """What a stream is fed to: a carry, a step, and what they come to."""
+    """A learner on a stream: its initial carry, step and answer."""
 
     init: Callable[[], Any]
     observe: Callable[[Any, jax.Array, jax.Array], Any]
-    # Of a carry: the estimate, and the lower and upper ends of its intervals.
+    # From the carry: the estimate, and the lower and upper ends of its intervals.
     answer: Callable[[Any], tuple[Any, Any, Any]]
 
 
 def one_rate(loss: Loss, d: int, start: int) -> Learner:
-    """SGD with `track_random_scaling` behind it."""
+    """Return SGD with random scaling of its iterates."""
 
     def rate(step: jax.Array) -> jax.Array:
         return jnp.minimum(1 / d, 0.5 * (1.0 + step) ** -DECAY)
 
-    tx = optax.chain(optax.sgd(rate), track_random_scaling(start=start))
+    sgd, scaling = optax.sgd(rate), running_random_scaling(start=start)
 
     def init() -> Any:
         w = jnp.zeros(d)
-        return w, tx.init(w)
+        return w, sgd.init(w), scaling.init(w)
 
     def observe(carry: Any, x: jax.Array, y: jax.Array) -> Any:
-        w, state = carry
-        updates, state = tx.update(loss.slope(x @ w, y) * x, state, w)
-        return optax.apply_updates(w, updates), state
+        w, state, scaled = carry
+        updates, state = sgd.update(loss.slope(x @ w, y) * x, state, w)
+        w = optax.apply_updates(w, updates)
+        return w, state, scaling.update(scaled, w)
 
     def answer(carry: Any) -> tuple[Any, Any, Any]:
-        w, state = carry
-        return averaged_params(state, w), *confidence_interval(state)
+        scaled = carry[-1]
+        return scaling.value(scaled), *confidence_interval(scaled)
 
     return Learner(init, observe, answer)
 
 
 def two_rates(loss: Loss, d: int, start: int) -> Learner:
-    """Two runs on the same observations, extrapolated to a rate of zero."""
+    """Return two runs on the same observations, extrapolated to a rate of zero."""
     factors = jnp.array([1.0, 2.0]) / loss.curvature
     scaling = running_random_scaling(start=start)
 
@@ -109,7 +105,7 @@ def two_rates(loss: Loss, d: int, start: int) -> Learner:
         return (w, states), scaling.update(scaled, 2 * w[0] - w[1])
 
     def answer(carry: Any) -> tuple[Any, Any, Any]:
-        return scaling.value(carry[1]), *scaling.interval(carry[1])
+        return scaling.value(carry[-1]), *confidence_interval(carry[-1])
 
     return Learner(init, observe, answer)
 
@@ -117,11 +113,11 @@ def two_rates(loss: Loss, d: int, start: int) -> Learner:
 def learn(
     learner: Learner, chunks: Iterable[Chunk]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The learner's answer to a stream; a chunk at a time is in memory.
+    """Return the learner's answer to a stream, with one chunk at a time in memory.
 
     Args:
-      learner: of as many coefficients as there are regressors.
-      chunks: of any lengths; each new length is compiled for.
+      learner: with as many coefficients as there are regressors.
+      chunks: of any lengths; each new length is compiled.
     """
 
     @partial(jax.jit, donate_argnums=0)
@@ -131,10 +127,10 @@ def learn(
 
         return jax.lax.scan(body, carry, chunk)[0]
 
-    # A copy: among initial arrays some may be one, and none is donated twice.
+    # Copied, because initial arrays may be shared, and none may be donated twice.
     carry = jax.tree.map(jnp.copy, learner.init())
     for chunk in chunks:
-        # Waited for, or the chunks to come would pile up in memory.
+        # Wait, or the next chunks pile up in memory.
         carry = jax.block_until_ready(advance(carry, chunk))
     estimate, lower, upper = map(np.asarray, learner.answer(carry))
     return estimate, lower, upper

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How near the averages kept in a run come to others, and what asking costs.
+"""Which averages can be reconstructed from those kept in a run, and how fast.
 
-    python -m benchmarks.posthoc
+    python -m studies.posthoc
 
-What to keep: `posthoc_coefficients` tells beforehand, from the profiles alone.
+Needs no training: `posthoc_coefficients` computes the error from the profiles alone, so
+you can choose what to keep before the run.
 """
 
 import time
@@ -18,25 +19,26 @@ from asgd_optax import (
     posthoc_coefficients,
     power_weighting,
 )
-from benchmarks import harness
+from tools import command_line, report
 
 STEPS = 8_000
 LONG = 10**9
 PAGE = """\
-# What kept averages tell of others
+# Averages reconstructed from kept ones
 
-Averages kept up to step {steps:,}, and averages of step {steps:,} made of them: the
-relative distance of the profiles that is left, and in brackets the amplification, by
-which the rounding errors of those kept grow. `posthoc_coefficients`, float64.
+Averages at step {steps:,}, reconstructed from averages kept up to step {steps:,}: the
+relative distance that is left between the profiles and, in brackets, the amplification
+of the kept averages' rounding errors. `posthoc_coefficients`, float64.
 
 {table}
 
-*Two widths* are power-function averages of 0.05 and 0.10. A residual of 0.03 is that of
-a slightly other average; one of 0.4 is not the average asked for. An amplification of
-100 makes of float32's 6e-8 an error of 6e-6 of the weights.
+*Two widths* are power-function averages with relative widths 0.05 and 0.10. A residual
+of 0.03 means a slightly different average; 0.4 means a wrong one. An amplification of
+100 turns the 6e-8 of float32 into an error of 6e-6 of the weights.
 
-Asked for a width of 0.15 after {long:.0e} steps, of two widths kept at ten of them:
-{seconds:.1f} s, a residual of {residual:.3f} as after {steps:,} ({expected:.3f}).
+A width of 0.15 after {long:.0e} steps, from two widths kept at ten steps, takes
+{seconds:.1f} s and leaves a residual of {residual:.3f}, as after {steps:,} steps
+({expected:.3f}).
 """
 
 
@@ -45,7 +47,7 @@ def width(relative: float) -> Any:
 
 
 def targets(step: int) -> dict[str, AverageProfile]:
-    """Averages that may be wanted after the run."""
+    """Return averages that may be wanted after the run."""
     return {
         "width 0.03": AverageProfile(step, width(0.03)),
         "width 0.07": AverageProfile(step, width(0.07)),
@@ -60,13 +62,13 @@ def targets(step: int) -> dict[str, AverageProfile]:
 
 
 def kept(rules: Sequence[Any], every: int, step: int) -> list[AverageProfile]:
-    """Snapshots at the multiples of `every` up to `step`."""
+    """Return snapshots at the multiples of `every` up to `step`."""
     moments = range(every, step + 1, every)
     return [AverageProfile(n, rule) for n in moments for rule in rules]
 
 
 def snapshots(step: int) -> dict[str, list[AverageProfile]]:
-    """What may be kept, by its name in the table."""
+    """Return sets of averages to keep, by their name in the table."""
     two = (width(0.05), width(0.10))
     return {
         "uniform, every 1,000": kept([None], 1000, step),
@@ -79,14 +81,14 @@ def snapshots(step: int) -> dict[str, list[AverageProfile]]:
 
 
 def cell(fit: PosthocFit) -> str:
-    # What rounding leaves of a mixture that is exact is no residual.
+    # Below this, the residual is the rounding error of an exact reconstruction.
     residual = "0" if fit.residual < 1e-9 else f"{fit.residual:.2g}"
     return f"{residual} ({fit.amplification:.3g})"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints the table and saves it."""
-    parser = harness.parser("How near kept averages come to others.")
+    """Compute, print and save the table."""
+    parser = command_line.report_parser("Averages reconstructed from kept ones.")
     options = parser.parse_args(argv)
     held = snapshots(STEPS)
     rows = [
@@ -103,13 +105,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     expected = posthoc_coefficients(same, AverageProfile(STEPS, width(0.15)))
     page = PAGE.format(
         steps=STEPS,
-        table=harness.table(["wanted", *held], rows),
+        table=report.table(["wanted", *held], rows),
         long=long,
         seconds=seconds,
         residual=fit.residual,
         expected=expected.residual,
     )
-    harness.report("posthoc", page, options.output)
+    report.write("studies.posthoc", page, options.output)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sweep in one graph: learning rates, starts of the averaging and seeds.
+"""A sweep over learning rates, starts of the averaging and seeds in one graph.
 
-    python -m benchmarks.rate_sweep
+    python -m studies.rate_sweep
 
-The network and the data of examples/digits.py, trained at many constant rates from
-several seeds. The rate and `t0` are traced arrays, so that all of it is one jitted
-call. The minibatches and the noise on their pixels are drawn in the graph, once a
-seed: all rates see the same. The iterates do not depend on `t0`, so one run keeps an
-average for each: `jax.vmap` over the optimizer's update batches `mu` and `ax` alone.
+Trains the network of examples/digits.py at many constant learning rates from several
+seeds. The learning rate and `t0` are traced arrays, so that the whole sweep is one
+jitted call. Minibatches and the noise on their pixels are drawn in the graph, once per
+seed, so that all learning rates see the same. The parameters do not depend on `t0`, so
+one run keeps an average for each `t0`: `jax.vmap` over the update batches only `mu` and
+`ax`.
 
-The picture shows the test accuracy, means over the seeds, and the first table the
-rates at which it comes near to the best of all. The second table compares the time
-of the sweep, with one `t0`, with the same runs in turn. Of those a few are timed, in
-full and in rotation with the sweep, and their mean is multiplied, as the table says.
+The picture shows the test accuracy, means over the seeds. The first table lists the
+learning rates that come near the best accuracy. The second table compares the time of
+the sweep, with one `t0`, with the same runs one after another. Of these only a few are
+timed, in a random order with the sweep, and their mean is multiplied.
 """
 
 import itertools
@@ -30,29 +31,30 @@ import optax
 from matplotlib.ticker import LogLocator
 
 from asgd_optax import ASGDState, asgd, averaged_params
-from benchmarks import command_line, harness
+from benchmarks import harness
 from examples.digits import HIDDEN_UNITS, MAX_GRADIENT_NORM, Data, load_splits
+from tools import command_line, report
 
 with command_line.needs("bench"):
     import torch
 
 RATES = (0.01, 5.0)  # the lowest and the highest
-STARTS = np.arange(8) / 8  # of the averaging, in shares of the steps
-HALF = 4  # the index of 1/2 in it
+STARTS = np.arange(8) / 8  # of the averaging, as fractions of the steps
+HALF = 4  # index of 1/2 in STARTS
 BATCH_SIZE = 32
 NOISE = 0.2  # standard deviation, on pixels in [0, 1]
 NEAR = 0.01  # of the best accuracy
 FAILED = 0.5  # accuracy; chance is 0.1
 SWEEP = "JAX, one call"
 
-# The state of `optimizer` where `t0` is batched: what has an axis for it. A dict, since
-# axes are not the arrays that the fields' types ask for.
+# Which fields of the state of `optimizer` have an axis for `t0`. Made from a dict,
+# because the fields are typed as arrays.
 AXES: dict[str, Any] = {"step": None, "eta": None, "mu": 0, "ax": 0}
 BATCHED_BY_T0 = (None, ASGDState(**AXES))
 
 
 class Sizes(NamedTuple):
-    """How much is run; `samples` of the runs are timed one by one."""
+    """Sizes of the sweep; `samples` of the runs are timed one by one."""
 
     rates: int = 64
     seeds: int = 8
@@ -66,20 +68,20 @@ class Sizes(NamedTuple):
 
 
 class Accuracy(NamedTuple):
-    """On the test set: of the last iterate, (...), and of the averages, (..., t0s)."""
+    """Test accuracy of the last iterate, (...), and of the averages, (..., t0s)."""
 
     last: Any
     average: Any
 
 
 def optimizer(rate: Any, t0: Any) -> optax.GradientTransformation:
-    """The demo's chain."""
+    """Return the chain of examples/digits.py."""
     clip = optax.clip_by_global_norm(MAX_GRADIENT_NORM)
     return optax.chain(clip, asgd(rate, lambd=0.0, t0=t0))
 
 
 def init_params(key: jax.Array) -> dict[str, jax.Array]:
-    """Weights named and shaped as those of `torch_model`, which can load them."""
+    """Draw weights with the names and shapes of `torch_model`."""
     keys = jax.random.split(key)
     weights = jax.nn.initializers.lecun_normal(in_axis=-1, out_axis=-2)
     return {
@@ -102,7 +104,7 @@ def loss(params: dict[str, jax.Array], batch: Data) -> jax.Array:
 
 
 def draw_batch(data: Data, key: jax.Array) -> Data:
-    """A minibatch of examples drawn with replacement, with noise on the pixels."""
+    """Draw a minibatch with replacement, with noise on the pixels."""
     keys = jax.random.split(key)
     picked = jax.random.randint(keys[0], (BATCH_SIZE,), 0, len(data.labels))
     images = data.images[picked]
@@ -113,7 +115,7 @@ def draw_batch(data: Data, key: jax.Array) -> Data:
 def run(
     steps: int, training: Data, test: Data, seed: Any, rate: Any, t0s: Any
 ) -> Accuracy:
-    """Trains one network; its averages begin at each of `t0s`, of shape (t0s,)."""
+    """Train one network; its averages begin at each of `t0s`, of shape (t0s,)."""
 
     def update(t0: Any, grads: Any, state: Any, params: Any) -> Any:
         return optimizer(rate, t0).update(grads, state, params)
@@ -143,17 +145,17 @@ def run(
 def sweep(
     steps: int, training: Data, test: Data, seeds: Any, rates: Any, t0s: Any
 ) -> Accuracy:
-    """The accuracies of all runs, of shape (seeds, rates) and (seeds, rates, t0s)."""
+    """Return all accuracies, of shapes (seeds, rates) and (seeds, rates, t0s)."""
 
     def all_rates(seed: jax.Array) -> Accuracy:
         return jax.vmap(lambda rate: run(steps, training, test, seed, rate, t0s))(rates)
 
-    # The networks of one seed fit into the cache, those of all do not.
+    # The networks of one seed fit into the cache; those of all seeds do not.
     return jax.lax.map(all_rates, seeds)
 
 
 def compiled(function: Callable[..., Any], *like: Any) -> tuple[Any, float]:
-    """`function` compiled for such arguments, and the seconds that it took."""
+    """Compile `function` for such arguments; return it with the compile time."""
     began = time.perf_counter()
     program = jax.jit(function).lower(*like).compile()
     seconds = time.perf_counter() - began
@@ -161,7 +163,7 @@ def compiled(function: Callable[..., Any], *like: Any) -> tuple[Any, float]:
 
 
 def torch_model(seed: Any) -> torch.nn.Module:
-    """The network, with the weights that a JAX run of this seed starts from."""
+    """Return the network, with the initial weights of the JAX run of this seed."""
     model = torch.nn.Sequential(
         torch.nn.Linear(64, HIDDEN_UNITS),
         torch.nn.ReLU(),
@@ -176,7 +178,7 @@ def torch_model(seed: Any) -> torch.nn.Module:
 def torch_run(
     steps: int, training: Data, test: Data, seed: Any, rate: Any, foreach: bool
 ) -> Accuracy:
-    """As `run`, with one average, from half of the steps on."""
+    """Train as `run`, with one average that begins at half of the steps."""
     model, generator = torch_model(seed), torch.Generator().manual_seed(int(seed))
     optimizer = torch.optim.ASGD(
         model.parameters(), float(rate), lambd=0.0, t0=steps / 2, foreach=foreach
@@ -206,7 +208,7 @@ def torch_run(
 
 
 def in_turn(run_one: Callable[..., Any], samples: Any) -> harness.Contestant:
-    """The sampled runs, a run a call."""
+    """Time the sampled runs, one per call."""
 
     def setup() -> Callable[[], Any]:
         runs = itertools.cycle(samples)
@@ -218,7 +220,7 @@ def in_turn(run_one: Callable[..., Any], samples: Any) -> harness.Contestant:
 def measure_times(
     sweep_half: Any, run_half: Any, torch_half: Any, samples: Any, sizes: Sizes
 ) -> dict[str, harness.Time]:
-    """The seconds that all runs take; of those in turn, from the samples."""
+    """Return the seconds of all runs; those in turn are extrapolated from samples."""
     contestants = {
         SWEEP: harness.Contestant(lambda: sweep_half, 1),
         "JAX, in turn": in_turn(run_half, samples),
@@ -244,11 +246,11 @@ def time_table(times: dict[str, harness.Time], sizes: Sizes) -> str:
         ratio = f"{seconds.median / sweep_time:.1f}"
         rows.append([name, timed, f"{seconds.median:.3g}", quartiles, ratio])
     header = [f"{sizes.runs} runs", "runs timed", "time (s)", "quartiles", "ratio"]
-    return harness.table(header, rows)
+    return report.table(header, rows)
 
 
 def near_best(rates: np.ndarray, mean: np.ndarray, best: float) -> list[str]:
-    """The range of rates near the best, and how many they are: two cells."""
+    """Format two cells: the range and the number of learning rates near the best."""
     near = rates[mean >= best - NEAR]
     if not near.size:
         return ["none", "0"]
@@ -257,7 +259,7 @@ def near_best(rates: np.ndarray, mean: np.ndarray, best: float) -> list[str]:
 
 
 def range_table(rates: np.ndarray, last: np.ndarray, average: np.ndarray) -> str:
-    """Where mean accuracies, (rates,) and (rates, t0s), are near the best."""
+    """Format where mean accuracies, (rates,) and (rates, t0s), are near the best."""
     best = max(last.max(), average.max())
     widest = int(np.argmax(np.sum(average >= best - NEAR, axis=0)))
     means = {
@@ -277,12 +279,12 @@ def range_table(rates: np.ndarray, last: np.ndarray, average: np.ndarray) -> str
     ]
     near_all, near_own = "near the best of all", "near its own best"
     header = ["", "best (%)", "at rate", near_all, "rates", near_own, "rates"]
-    return harness.table(header, rows)
+    return report.table(header, rows)
 
 
 def draw(rates: np.ndarray, results: Accuracy, output: Path) -> None:
-    """Draws the last iterate's accuracies as a strip, the averages' as a map."""
-    plt.style.use(harness.STYLE)
+    """Draw the last iterate's accuracies as a strip, the averages' as a map."""
+    plt.style.use(report.STYLE)
     figure, (strip, heat) = plt.subplots(
         2,
         sharex=True,
@@ -317,7 +319,7 @@ def draw(rates: np.ndarray, results: Accuracy, output: Path) -> None:
     heat.set(
         xscale="log",
         xlabel="learning rate",
-        ylabel="averaging begins at (share of the steps)",
+        ylabel="averaging begins at (fraction of the steps)",
     )
     heat.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     heat.xaxis.set_major_formatter("{x:g}")
@@ -334,41 +336,44 @@ def draw(rates: np.ndarray, results: Accuracy, output: Path) -> None:
 TEXT = """\
 # A sweep of the learning rate in one graph
 
-{runs} runs of {steps:,} steps, {rates} constant rates from {low:g} to {high:g} by \
-{seeds} seeds: the demo's network (64-{hidden}-10), {batch} images a step, noise of \
-{noise} on their pixels, gradients clipped to norm {clip:g}, float32. Each run keeps \
-{starts} averages, from 0 to {latest:g} of the steps on. All of it in one jitted call: \
-{all_seconds:.1f} s (timed once) after {all_compile:.1f} s of compilation.
+{runs} runs of {steps:,} steps, {rates} constant learning rates from {low:g} to \
+{high:g} by {seeds} seeds: the network of `examples/digits.py` (64-{hidden}-10), \
+{batch} images per step, noise of {noise} on their pixels, gradients clipped to norm \
+{clip:g}, float32. Each run keeps {starts} averages, which begin at 0 to {latest:g} \
+of the steps. The whole sweep is one jitted call: {all_seconds:.1f} s (timed once) \
+after {all_compile:.1f} s of compilation.
 
-Test accuracy, mean over the seeds. *near*: the lowest and the highest rate within \
-{near:g} point of the best of the table, or of the row, and how many of the {rates} \
-rates are. In {lost} of the {runs} runs the last iterate is below {failed:g} %.
+Test accuracy, mean over the seeds. *near*: the lowest and the highest learning rate \
+within {near:g} point of the best of the table, or of the row, and the number of such \
+rates out of {rates}. In {lost} of the {runs} runs the last iterate is below \
+{failed:g} %.
 
 {ranges}
 
 ![Test accuracy by rate and start](rate_sweep.png)
 
-Time of the {runs} runs with one average each, from half of the steps on; medians of \
-{repetitions}, in random order, without compilation. *JAX, one call*: the rates by \
-`vmap`, the seeds by `lax.map`; compiled in {half_compile:.1f} s. *In turn*: run after \
-run, in JAX each one jitted call (compiled in {run_compile:.1f} s), in torch eager \
-`torch.optim.ASGD`, with {threads} of {cores} threads, the faster. Times in turn are \
-extrapolated: {samples} whole runs were timed and their mean multiplied by {runs}.
+Time of the {runs} runs with one average each, from half of the steps on: medians of \
+{repetitions}, in random order, without compilation. *JAX, one call*: the learning \
+rates by `vmap`, the seeds by `lax.map`; compiled in {half_compile:.1f} s. *In turn*: \
+run after run. In JAX each is one jitted call (compiled in {run_compile:.1f} s); in \
+torch it is eager `torch.optim.ASGD`, with the faster of 1 and {cores} threads \
+({threads}). Times in turn are extrapolated: {samples} whole runs were timed and \
+their mean multiplied by {runs}.
 
 {table}
 
-Mean test accuracy (%) of the {samples} timed runs, one seed each, at rates from \
-{samples_low:.2g} to {samples_high:.2g}: {ours[0]:.1f} in JAX and {theirs[0]:.1f} in \
-torch, of their averages {ours[1]:.1f} and {theirs[1]:.1f}. Initial weights are the \
-same, minibatches and noise each library's own.
+Mean test accuracy (%) of the {samples} timed runs, one seed each, at learning rates \
+from {samples_low:.2g} to {samples_high:.2g}: {ours[0]:.1f} in JAX and \
+{theirs[0]:.1f} in torch; of their averages {ours[1]:.1f} and {theirs[1]:.1f}. \
+Initial weights are the same; minibatches and noise are each library's own.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Sweeps, times, and writes the tables and the picture."""
-    parser = harness.parser("A sweep of the learning rate in one graph.")
+    """Sweep, time, and write the tables and the picture."""
+    parser = command_line.report_parser("A sweep of the learning rate in one graph.")
     options = parser.parse_args(argv)
-    jax.config.update("jax_platforms", "cpu")  # where torch is
+    jax.config.update("jax_platforms", "cpu")  # as torch
     sizes = Sizes()
     if options.quick:
         sizes = Sizes(rates=8, seeds=2, steps=40, samples=2, repetitions=2)
@@ -390,7 +395,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = Accuracy(*map(np.asarray, sweep_all(seeds, rates, t0s)))
     all_seconds = time.perf_counter() - began
 
-    # A seed each, at rates of the middle of the range.
+    # One per seed, at learning rates from the middle of the range.
     ends = sizes.rates // 4, 3 * sizes.rates // 4
     picked = np.linspace(*ends, sizes.samples).astype(int)
     samples = list(zip(seeds, rates[picked], strict=False))
@@ -435,7 +440,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ours=100 * np.mean(ours, axis=1),
         theirs=100 * np.mean(theirs, axis=0),
     )
-    harness.report("rate_sweep", text, options.output)
+    report.write("studies.rate_sweep", text, options.output)
     draw(rates, results, options.output / "rate_sweep.png")
 
 

@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ten million observations, 20 regressors, one pass: time, memory and intervals.
 
-    python -m benchmarks.ten_million
+    python -m studies.ten_million
 
 The data are written once, to a NumPy file of float32: regressors N(0, I), coefficients
-evenly spaced from 0 to 1, and two responses, one linear with noise N(0, 1), one
-logistic. The regressions with intervals are SGD by `benchmarks.online_regression`,
-statsmodels' OLS, Logit and QuantReg, and, in NumPy, sums of X'X over the chunks and
-Newton's method, which goes over them once a step; scikit-learn's averaged SGD has no
-intervals.
+evenly spaced from 0 to 1, and two responses, one linear with noise N(0, 1) and one
+logistic. The contestants are
 
-Every contestant has a process of its own, one after another, since the peak of a
-process's memory never falls. All read the file in chunks, whose pages are let go with
-them: what a process counts of the file is one chunk.
+- SGD by `studies.online_regression`, with confidence intervals;
+- statsmodels' OLS, Logit and QuantReg, with confidence intervals;
+- NumPy, with confidence intervals: sums of X'X over the chunks, and Newton's method,
+  which takes a pass over the data per step;
+- scikit-learn's averaged SGD, without intervals.
+
+Contestants run one after another, each in its own process, because the peak memory of a
+process never falls. All read the file in chunks and release the pages of each, so that
+only one chunk counts as memory.
 """
 
 import math
@@ -28,10 +31,10 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks import command_line, harness
+from tools import command_line, report
 
-# What only one contestant needs (jax, statsmodels, scikit-learn) is imported by that
-# contestant, so that it is in nobody else's memory.
+# Each contestant imports what only it needs (jax, statsmodels, scikit-learn), to keep
+# these packages out of the memory of the others.
 
 D = 20
 CHUNK = 100_000  # rows; 8.8 MB
@@ -39,13 +42,13 @@ SEED = 2022
 TENTH = 10
 NORMAL = 1.96
 
-# Where each regression's response stands in a row, behind the regressors.
+# The column of each regression's response, after the regressors.
 RESPONSES = {"least squares": D, "logistic": D + 1, "median": D}
 COLUMNS = D + 2
 
 
 class Fit(NamedTuple):
-    """An estimate, and its 95 % intervals if there are any. Shapes (D,)."""
+    """An estimate, and its 95 % intervals if any. Shapes (D,)."""
 
     estimate: np.ndarray
     lower: np.ndarray | None = None
@@ -53,13 +56,13 @@ class Fit(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The first rows of a file, and the column that is the response.
+    """The first rows of a file, with one column as the response.
 
     Attributes:
-      path: what `write` wrote.
-      response: a column.
-      observations: so many rows from the first.
-      length: of a chunk; the last one may be shorter.
+      path: a file from `write`.
+      response: the response's column.
+      observations: number of rows.
+      length: rows per chunk; the last chunk may be shorter.
     """
 
     path: Path
@@ -68,15 +71,15 @@ class Rows(NamedTuple):
     length: int = CHUNK
 
     def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The regressors and the responses, from the first row to the last."""
+        """Yield chunks of regressors and responses, in order."""
         for first in range(0, self.observations, self.length):
             last = min(first + self.length, self.observations)
-            # Opened anew: the pages of a map that stays open count as memory.
+            # Reopened, because the pages of an open map count as memory.
             rows = np.load(self.path, mmap_mode="r")[first:last]
             yield np.array(rows[:, :D]), np.array(rows[:, self.response])
 
     def whole(self) -> tuple[np.ndarray, np.ndarray]:
-        """All of them, in float64."""
+        """Return all regressors and responses in float64."""
         x, y = np.empty((self.observations, D)), np.empty(self.observations)
         first = 0
         for some_x, some_y in self.chunks():
@@ -86,18 +89,19 @@ class Rows(NamedTuple):
         return x, y
 
 
-# Imports what it needs, and returns what is timed.
+# Imports what it needs, and returns the function that is timed.
 Contestant = Callable[[], Callable[[Rows], Fit]]
 
 
 class Result(NamedTuple):
-    """What a contestant made of some rows.
+    """The result of a contestant.
 
     Attributes:
+      fit: its estimate and intervals.
       seconds: from the first byte read to the last interval, compilation included.
-      cpu: seconds of all threads.
+      cpu: CPU seconds of all threads.
       imported: bytes of memory before anything is read.
-      peak: bytes of memory at its fullest.
+      peak: peak memory in bytes.
     """
 
     fit: Fit
@@ -112,17 +116,17 @@ def truth() -> np.ndarray:
 
 
 def start(observations: int) -> int:
-    """So many iterates of SGD are not averaged: the guide's rule."""
+    """Return the burn-in of SGD, by the rule of the guide."""
     return max(observations // 100, 10 * D)
 
 
 def write(folder: Path, observations: int) -> Path:
-    """The file of so many observations, written unless it is there."""
+    """Write the file of so many observations, unless it exists."""
     path = folder / f"{observations}x{COLUMNS}.npy"
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    # Renamed when it is whole: an interrupted one is never taken for it.
+    # Renamed when complete, so that an interrupted file is never used.
     unfinished = path.with_suffix(".unfinished")
     rows = np.lib.format.open_memmap(
         unfinished, mode="w+", dtype=np.float32, shape=(observations, COLUMNS)
@@ -141,8 +145,8 @@ def write(folder: Path, observations: int) -> Path:
 
 
 def ours(regression: str, method: str) -> Callable[[Rows], Fit]:
-    """SGD by a method of `benchmarks.online_regression`."""
-    from benchmarks import online_regression as online
+    """Fit by SGD, with a method of `studies.online_regression`."""
+    from studies import online_regression as online
 
     def fit(rows: Rows) -> Fit:
         make = {"one rate": online.one_rate, "two rates": online.two_rates}[method]
@@ -153,7 +157,7 @@ def ours(regression: str, method: str) -> Callable[[Rows], Fit]:
 
 
 def normal_equations() -> Callable[[Rows], Fit]:
-    """Least squares from X'X and X'y, summed in float64: exact, d^2 numbers."""
+    """Fit exact least squares from X'X and X'y, summed in float64."""
 
     def fit(rows: Rows) -> Fit:
         xx, xy, yy = np.zeros((D, D)), np.zeros(D), 0.0
@@ -171,12 +175,12 @@ def normal_equations() -> Callable[[Rows], Fit]:
 
 
 def newton() -> Callable[[Rows], Fit]:
-    """Logistic regression by Newton's method in float64: exact, a pass a step."""
+    """Fit exact logistic regression by Newton's method in float64, a pass per step."""
 
     def fit(rows: Rows) -> Fit:
         w, half = np.zeros(D), np.zeros(D)
         step: np.ndarray = np.ones(D)
-        while np.any(np.abs(step) > 1e-3 * half):  # the next is of its square
+        while np.any(np.abs(step) > 1e-3 * half):  # convergence is quadratic
             gradient, hessian = np.zeros(D), np.zeros((D, D))
             for x, y in rows.chunks():
                 x = x.astype(np.float64)
@@ -192,7 +196,7 @@ def newton() -> Callable[[Rows], Fit]:
 
 
 def statsmodels(regression: str) -> Callable[[Rows], Fit]:
-    """The model in statsmodels, all of it in memory, by its defaults."""
+    """Fit the model of statsmodels with its defaults, with all data in memory."""
     with command_line.needs("bench"):
         import statsmodels.api as sm
 
@@ -210,18 +214,18 @@ def statsmodels(regression: str) -> Callable[[Rows], Fit]:
 
 
 def scikit_learn(regression: str) -> Callable[[Rows], Fit]:
-    """Averaged SGD in scikit-learn, as near to ours of one rate as its options go."""
+    """Fit by averaged SGD in scikit-learn, as close to our one rate as possible."""
     from sklearn.linear_model import SGDClassifier, SGDRegressor
 
     def fit(rows: Rows) -> Fit:
         options = {
             "penalty": None,
             "fit_intercept": False,
-            "learning_rate": "invscaling",  # eta0 t^-power_t; it has no bound
+            "learning_rate": "invscaling",  # eta0 t^-power_t, without a bound
             "eta0": 0.5,
             "power_t": 0.505,
             "shuffle": False,
-            # The number of the first observation that is averaged.
+            # The first observation that is averaged.
             "average": start(rows.observations),
         }
         if regression == "least squares":
@@ -230,8 +234,8 @@ def scikit_learn(regression: str) -> Callable[[Rows], Fit]:
             model = SGDClassifier(loss="log_loss", **options)
             classes = {"classes": np.array([0, 1])}
         for x, y in rows.chunks():
-            # In float32 the logistic average of ten million ended 2.3 standard errors
-            # from the exact estimate, not 0.26.
+            # In float32 the logistic average of ten million observations was 2.3
+            # standard errors from the exact estimate, in float64 0.26.
             model.partial_fit(x.astype(np.float64), y.astype(np.float64), **classes)
         return Fit(np.ravel(model.coef_))
 
@@ -243,7 +247,7 @@ STATSMODELS = "statsmodels"
 
 
 def contestants(regression: str) -> dict[str, Contestant]:
-    """Those that can do a regression, by name."""
+    """Return the contestants of a regression, by name."""
     others: dict[str, dict[str, Contestant]] = {
         "least squares": {
             "scikit-learn": partial(scikit_learn, regression),
@@ -264,7 +268,7 @@ def contestants(regression: str) -> dict[str, Contestant]:
 
 
 def measure(contestant: Contestant, rows: Rows) -> Result:
-    """A contestant's result, from a process of its own."""
+    """Run a contestant in a new process."""
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=fresh) as pool:
         return pool.submit(_measure_here, contestant, rows).result()
@@ -280,9 +284,9 @@ def _measure_here(contestant: Contestant, rows: Rows) -> Result:
 
 
 def peak_memory() -> int:
-    """Bytes that this process had resident at its fullest. Linux alone tells.
+    """Return the peak resident memory of this process in bytes (Linux only).
 
-    Not `getrusage`: what that tells begins with the process that started this one.
+    `getrusage` does not serve: its value starts from the parent process.
     """
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
@@ -291,7 +295,7 @@ def peak_memory() -> int:
 
 
 def study(path: Path, observations: int) -> dict[str, dict[tuple[str, int], Result]]:
-    """By regression, and by contestant and observations."""
+    """Return the results by regression, and by contestant and observations."""
     tenth = observations // TENTH
     jobs = []
     for regression in RESPONSES:
@@ -311,9 +315,9 @@ def study(path: Path, observations: int) -> dict[str, dict[tuple[str, int], Resu
 
 
 def bounds(regression: str) -> np.ndarray:
-    """n times the least variances, the diagonal of H^-1 S H^-1."""
-    # Here, since it imports jax.
-    from benchmarks import coverage
+    """Return n times the least variances, the diagonal of H^-1 S H^-1."""
+    # Imported here, because it imports jax.
+    from studies import coverage
 
     if regression == "logistic":
         return coverage.logistic(D).bounds
@@ -325,7 +329,7 @@ def root_mean_square(values: np.ndarray) -> float:
 
 
 def format_rows(regression: str, results: Mapping[tuple[str, int], Result]) -> str:
-    """The table of a regression."""
+    """Format the table of a regression."""
     header = [
         "",
         "observations",
@@ -336,19 +340,19 @@ def format_rows(regression: str, results: Mapping[tuple[str, int], Result]) -> s
         "from exact (s.e.)",
         "from truth (s.e.)",
         "half-width / efficient",
-        f"hold the truth, of {D}",
+        f"true value covered, of {D}",
     ]
     table = []
     for (name, n), result in results.items():
         fit, error = result.fit, np.sqrt(bounds(regression) / n)
         exact = results.get((STATSMODELS, n))
-        distance = width = held = ""
+        distance = width = covered = ""
         if exact is not None and name != STATSMODELS:
             away = root_mean_square((fit.estimate - exact.fit.estimate) / error)
             distance = f"{away:.3f}"
         if fit.lower is not None and fit.upper is not None:
             width = f"{np.mean((fit.upper - fit.lower) / (2 * NORMAL * error)):.2f}"
-            held = str(np.sum((fit.lower <= truth()) & (truth() <= fit.upper)))
+            covered = str(np.sum((fit.lower <= truth()) & (truth() <= fit.upper)))
         table.append(
             [
                 name,
@@ -360,18 +364,19 @@ def format_rows(regression: str, results: Mapping[tuple[str, int], Result]) -> s
                 distance,
                 f"{root_mean_square((fit.estimate - truth()) / error):.2f}",
                 width,
-                held,
+                covered,
             ]
         )
-    return harness.table(header, table)
+    return report.table(header, table)
 
 
 PAGE = """\
 # Ten million observations in one pass
 
-{observations:,} observations of {d} regressors N(0, I), the coefficients evenly spaced
-from 0 to 1; the response is linear with noise N(0, 1), for the median too, or logistic.
-They lie on disk in float32, {size:,.0f} MB, and are read in chunks of {chunk:,}.
+{observations:,} observations of {d} regressors N(0, I), with coefficients evenly spaced
+from 0 to 1. The response is logistic, or linear with noise N(0, 1) (also for the
+median). The data are on disk in float32, {size:,.0f} MB, and read in chunks of
+{chunk:,}.
 
 ## Least squares
 
@@ -385,29 +390,29 @@ They lie on disk in float32, {size:,.0f} MB, and are read in chunks of {chunk:,}
 
 {median}
 
-- *ours*: SGD, an observation a step, with the intervals of random scaling
+- *ours*: SGD, one observation per step, with the intervals of random scaling
   (`online_regression.py`), in float32. One rate: min(1/d, t^-0.505 / 2). Two rates:
   min(1/2d, t^-0.505) / L and twice that, extrapolated; L is 1, 1/4 and 1/2, a bound of
-  the loss's curvature. Averaged from n / 100 on. Those of a tenth of the observations
-  are there for their memory: it does not grow.
-- *scikit-learn*: `SGDRegressor` and `SGDClassifier` by `partial_fit`, no penalty, at
-  t^-0.505 / 2, averaged from n / 100 on, in float64. It has no intervals.
-- *NumPy*: what a few lines do that sum d² numbers over the chunks in float64: exact,
-  with intervals. Least squares takes one pass over the data, Newton's one a step.
-- *statsmodels*: `OLS`, `Logit` and `QuantReg` by their defaults, all data in memory in
-  float64. QuantReg has the first {tenth:,} only: it takes minutes for them.
-- *seconds*: from the first byte read to the last interval, compilation included,
-  imports not; *CPU seconds*: of all threads.
-- *memory*: the peak of the process, resident (VmHWM), each in a process of its own;
-  *of it imports*: before anything is read. The file is mapped anew for each chunk, so
-  of its pages one chunk counts; the operating system's cache of the file does not.
+  the loss's curvature. Averaging begins after n / 100. The rows with a tenth of the
+  observations show that memory does not grow.
+- *scikit-learn*: `SGDRegressor` and `SGDClassifier` by `partial_fit`, without penalty,
+  at t^-0.505 / 2, averaged after n / 100, in float64. It has no intervals.
+- *NumPy*: a few lines that sum d² numbers over the chunks in float64: exact, with
+  intervals. Least squares takes one pass over the data, Newton's method one per step.
+- *statsmodels*: `OLS`, `Logit` and `QuantReg` with their defaults, with all data in
+  memory in float64. QuantReg gets only the first {tenth:,}, for which it takes minutes.
+- *seconds*: from the first byte read to the last interval, with compilation but without
+  imports; *CPU seconds*: of all threads.
+- *memory*: the peak resident memory of the process (VmHWM), one process per row; *of it
+  imports*: before anything is read. The file is mapped again for each chunk, so only
+  one chunk of its pages counts, and the operating system's file cache does not.
 - *from exact*, *from truth*: root mean square over the coefficients of the distance
   from statsmodels' estimate of as many observations, and from the truth, in efficient
   standard errors, sqrt((H^-1 S H^-1)_jj / n).
 - *half-width / efficient*: mean half-width of the 95 % intervals over {normal} of
-  these. In the limit it is 1.30 for random scaling, in the mean over streams.
-- *hold the truth*: on one stream; how often they do, over many, is what
-  `python -m benchmarks.coverage` counts.
+  these. Its limit for random scaling is 1.30, in the mean over streams.
+- *true value covered*: on one stream. `python -m studies.coverage` measures the
+  coverage over many streams.
 """
 
 
@@ -416,7 +421,7 @@ def format_page(
     observations: int,
     size: int,
 ) -> str:
-    """The tables and what they mean."""
+    """Format the tables and their explanation."""
     return PAGE.format(
         observations=observations,
         tenth=observations // TENTH,
@@ -432,32 +437,28 @@ def format_page(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Writes the data, runs the contestants, and writes the table."""
-    parser = harness.parser("Ten million observations in one pass.")
+    """Write the data, run the contestants, and write the table."""
+    parser = command_line.report_parser("Ten million observations in one pass.")
     parser.add_argument(
         "--observations",
-        type=command_line.number(
-            int,
-            lambda n: 10_000 <= n < 2**31,
-            "a whole number from 10000 to 2147483647",
-        ),
+        type=command_line.whole_number(10_000),
         default=10_000_000,
-        help="of which a tenth is tried too (default: %(default)s)",
+        help="number of observations; a tenth is tried too (default: %(default)s)",
     )
     parser.add_argument(
         "--data",
         type=Path,
         default=Path("out/ten_million"),
-        help="folder for the observations, which stay there (default: %(default)s)",
+        help="folder where the observations are kept (default: %(default)s)",
     )
     options = parser.parse_args(argv)
-    with command_line.needs("bench"):  # now, not when others have run
+    with command_line.needs("bench"):  # fail before the others run
         import statsmodels.api  # noqa: F401
     observations = 20_000 if options.quick else options.observations
     path = write(options.data, observations)
     results = study(path, observations)
     page = format_page(results, observations, os.path.getsize(path))
-    harness.report("ten_million", page, options.output)
+    report.write("studies.ten_million", page, options.output)
 
 
 if __name__ == "__main__":

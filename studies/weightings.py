@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the weightings compare at other rates of Adam.
+"""Weightings compared at other learning rates of Adam.
 
-    python -m benchmarks.weightings --rate 0.02
+    python -m studies.weightings --rate 0.02
 
-The training of `examples/weightings.py`: at a larger rate there is more noise to
-average away, and the uniform weighting gains on the others.
+Trains as `examples/weightings.py`. A larger learning rate leaves more noise to average
+away, which favours the uniform weighting.
 """
 
 from collections.abc import Sequence
 
-from benchmarks import command_line
 from examples import weightings
+from tools import command_line, report
 
 
 def main(argv: Sequence[str] | None = None) -> weightings.Results:
-    """Trains, prints the table and returns what was measured."""
+    """Train, print the table and return the losses."""
     parser = command_line.Parser("Train with Adam; compare the weightings.")
     parser.add_argument(
         "--rate",
@@ -28,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> weightings.Results:
     results = weightings.train(options.rate, options.steps, options.seeds)
     print("|              | test loss       |\n| ------------ | --------------- |")
     for name in weightings.COLORS:
-        print(f"| {name:12} | {command_line.spread(results.test[name], 4):15} |")
-    print(command_line.describe(vars(options)))
+        print(f"| {name:12} | {report.spread(results.test[name], 4):15} |")
+    print(report.describe(vars(options)))
     return results
 
 
