@@ -3,15 +3,15 @@
 
     python -m studies.coverage --output studies/results
 
-Uses the designs of Lee, Liao, Seo & Shin (2022): one pass of SGD from zero over a stream
-of independent observations, one per step. The d regressors are N(0, I), and the true
-coefficients are evenly spaced from 0 to 1. The response is linear with noise N(0, 1), or
-logistic. For quantile regression (2022b) the first regressor is an intercept, and the
-noise is that of the linear design.
+Uses the designs of Lee, Liao, Seo & Shin (2022): one pass of SGD from zero over a
+stream of independent observations, one per step. The d regressors are N(0, I), and the
+true coefficients are evenly spaced from 0 to 1. The response is linear with noise
+N(0, 1), or logistic. For quantile regression (2022b) the first regressor is an
+intercept, and the noise is that of the linear design. Everything is in float32.
 
 The learning rates are those of the papers, c t^-a, and those of the rules in
-`docs/guides/confidence_intervals.md`: for one run, and for two runs on the same
-observations, the second at twice the rate of the first, which are extrapolated. Float32.
+`docs/guides/confidence_intervals.md`: for one run, and for the extrapolation of two
+runs on the same observations, the second at twice the learning rate of the first.
 
 Every operation is elementwise, so the replications are one more axis of the parameters.
 All learning rates see the same data. Each run has several trackers: one that averages
@@ -242,7 +242,7 @@ def draw(
 
 
 def measure(study: Study, seed: int) -> tuple[list[list[Row]], float]:
-    """Return a list of rows per start, with a row per learning rate, and the seconds."""
+    """Return the rows per start, one for each learning rate, and the seconds."""
     design, observations, replications, method, tried, starts, *_ = study
     trackers = [running_random_scaling(start=s) for s in starts]
     multiples = jnp.array(method.multiples)
@@ -339,8 +339,8 @@ sixteenth, extrapolated a tenth), float32. The rules were chosen on other seeds.
 ## Two runs, extrapolated
 
 Both runs see the same observations; the second has twice the learning rate. The
-intervals are those of 2 p - p', where p are the iterates of the first run and p' those of
-the second.
+intervals are those of 2 p - p', where p are the iterates of the first run and p' those
+of the second.
 
 {1}
 
@@ -353,13 +353,14 @@ the second.
 {3}
 """
 
-HEAD = """\
-| design | n | learning rate | start | coverage | first | length | RMSE | bias | seconds |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
+HEADER = ["design", "n", "learning rate", "start", "coverage", "first"]
+HEADER += ["length", "RMSE", "bias", "seconds"]
 
 
-def format_row(study: Study, rate: Rate, start: int, row: Row, seconds: float) -> str:
-    """Format a row of the page; the rule's learning rate is bold."""
+def format_row(
+    study: Study, rate: Rate, start: int, row: Row, seconds: float
+) -> list[str]:
+    """Format the cells of a row; the rule's learning rate is bold."""
     formula = f"{rate.c:g} t^-{rate.a:g}"
     if np.isfinite(rate.cap):
         formula = f"min({rate.cap:g}, {formula})"
@@ -369,7 +370,7 @@ def format_row(study: Study, rate: Rate, start: int, row: Row, seconds: float) -
         f"{value:.3f}" if value < 100 else f"{value:.0e}"
         for value in (row.first, row.length, row.rmse, row.bias)
     ]
-    cells = [
+    return [
         study.design.title,
         f"{study.observations:,}",
         formula,
@@ -378,23 +379,22 @@ def format_row(study: Study, rate: Rate, start: int, row: Row, seconds: float) -
         *figures,
         f"{seconds:.0f}",
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def tables(observations: int, replications: int, seed: int) -> list[str]:
     """Run all studies, and format the page's tables."""
-    parts = sections(observations, replications)
-    tables = [HEAD] * len(parts)
+    tables = []
     seeds: dict[tuple[str, int], int] = {}  # all methods of a design see one stream
-    for part, studies in enumerate(parts):
+    for studies in sections(observations, replications):
+        cells = []
         for study in studies:
             stream = study.design.title, study.observations
             seeds.setdefault(stream, seed + len(seeds))
             results, seconds = measure(study, seeds[stream])
             for k, rate in enumerate(study.tried):
                 for start, rows in zip(study.starts, results, strict=True):
-                    line = format_row(study, rate, start, rows[k], seconds)
-                    tables[part] += f"\n{line}"
+                    cells.append(format_row(study, rate, start, rows[k], seconds))
+        tables.append(report.table(HEADER, cells))
     return tables
 
 
