@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Averages of other libraries beside ours, over the same iterates.
+"""Averages of other libraries compared with ours, over the same parameters.
 
-    python -m benchmarks.coming_from
+    python -m studies.coming_from
 
-A row for each that is installed (flax, dm-haiku; `pip install keras` adds its own):
+There is a row for each installed library: flax, dm-haiku and, after `pip install
+keras`, Keras.
 
 - float64: the largest difference over 60 steps;
-- bfloat16, decay 0.999: parameters that are 1 for 1,000 updates and 2 for 3,000 more,
-  and where the average has come;
-- float32, decay 0.9999: parameters near 1 with noise of 1 %, 20,000 updates: how far
-  the average is off in the end, rms. Its own noise, after longer runs,
-  is 0.01 sqrt((1 - decay) / 2) = 7.1e-5.
+- bfloat16, decay 0.999: the final average of parameters that are 1 for 1,000 updates
+  and 2 for 3,000 more;
+- float32, decay 0.9999: the final rms error for parameters near 1 with noise of 1 %,
+  after 20,000 updates. The noise of the average itself, after longer runs, is
+  0.01 sqrt((1 - decay) / 2) = 7.1e-5.
 
-What is right is our average of the same iterates in float64, which
-`tests/test_coming_from.py` holds against each rule in NumPy.
+The true value is our average of the same parameters in float64, which
+`tests/test_coming_from.py` compares with each rule in NumPy.
 """
 
 import functools
@@ -28,24 +29,23 @@ import numpy as np
 import optax
 
 from asgd_optax import average_iterates, averaged_params, exponential_weighting
-from benchmarks import command_line
+from tools import command_line
 
-WARMUP = 10  # of haiku's `warmup_length`
+WARMUP = 10  # haiku's `warmup_length`
 JUMP = np.repeat([1.0, 2.0], [1001, 3000])[:, None]
 EXACT_STEPS, LONG_STEPS, SIZE = 60, 20_000, 100
 
-# Theirs, begun with a decay and the first parameters: takes in the next, and tells the
-# average then.
+# Takes the next parameters, and returns the new average.
 Theirs = Callable[[jax.Array], Any]
 
 
 class Peer(NamedTuple):
-    """An average that others keep, and ours in its place.
+    """An average of another library, and ours that replaces it.
 
     Attributes:
-      package: what has to be installed.
-      theirs: from a decay and the initial parameters to theirs, begun.
-      ours: from a decay to our transformation.
+      package: the package that must be installed.
+      theirs: makes their average from a decay and the initial parameters.
+      ours: makes our transformation from a decay.
     """
 
     package: str
@@ -54,15 +54,15 @@ class Peer(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What was measured of a peer: see the module's docstring."""
+    """The columns of the table; see the module's docstring."""
 
     difference: float
-    jump: tuple[float | None, ...]  # theirs, None where it fails; ours; true
+    jump: tuple[float | None, ...]  # theirs (None if it fails), ours, true
     errors: tuple[float, ...]  # of theirs and of ours
 
 
 def nnx_ema(decay: float, params: jax.Array) -> Theirs:
-    """Flax's, of a module."""
+    """Begin the average of Flax."""
     from flax import nnx
 
     class Model(nnx.Module):
@@ -82,7 +82,7 @@ def nnx_ema(decay: float, params: jax.Array) -> Theirs:
 
 
 def haiku_ema(decay: float, params: jax.Array, **options: Any) -> Theirs:
-    """Haiku's `EMAParamsTree`."""
+    """Begin Haiku's `EMAParamsTree`."""
     import haiku as hk
 
     ema = hk.without_apply_rng(
@@ -104,7 +104,7 @@ def haiku_ema(decay: float, params: jax.Array, **options: Any) -> Theirs:
 
 
 def optax_ema(decay: float, params: jax.Array) -> Theirs:
-    """`optax.ema`, given parameters in the place of updates."""
+    """Begin `optax.ema` of parameters instead of updates."""
     ema = optax.ema(decay)
     state = ema.init(params)
     update = jax.jit(ema.update)
@@ -118,7 +118,7 @@ def optax_ema(decay: float, params: jax.Array) -> Theirs:
 
 
 def incremental_update(decay: float, params: jax.Array) -> Theirs:
-    """`optax.incremental_update` of a copy of the parameters."""
+    """Begin `optax.incremental_update` of a copy of the parameters."""
     average = params
     update = jax.jit(optax.incremental_update, static_argnums=2)
 
@@ -131,11 +131,11 @@ def incremental_update(decay: float, params: jax.Array) -> Theirs:
 
 
 def keras_ema(decay: float, params: jax.Array) -> Theirs:
-    """Keras's `use_ema`, of an SGD whose gradients lead to the parameters given."""
+    """Begin Keras's `use_ema`, in an SGD whose gradients lead to given parameters."""
     os.environ.setdefault("KERAS_BACKEND", "jax")
     import keras
 
-    # Gradients are cast to this.
+    # Gradients are cast to this dtype.
     keras.config.set_floatx(params.dtype.name)
     variable = keras.Variable(params, dtype=params.dtype.name)
     sgd = keras.optimizers.SGD(1.0, use_ema=True, ema_momentum=decay)
@@ -158,12 +158,12 @@ def keras_ema(decay: float, params: jax.Array) -> Theirs:
 
 
 def plain(decay: float, **options: Any) -> optax.GradientTransformationExtraArgs:
-    """Ours without debiasing."""
+    """Return our EMA without debiasing."""
     return average_iterates(exponential_weighting(decay, debias=False), **options)
 
 
 def debiased(decay: float) -> optax.GradientTransformationExtraArgs:
-    """Ours as it comes."""
+    """Return our EMA with its defaults."""
     return average_iterates(exponential_weighting(decay))
 
 
@@ -182,7 +182,7 @@ PEERS = {
 
 
 def installed(package: str) -> bool:
-    """Whether `package` can be imported: a dotted name too."""
+    """Return whether `package`, which may be a dotted name, can be imported."""
     try:
         return importlib.util.find_spec(package) is not None
     except ModuleNotFoundError:
@@ -192,7 +192,7 @@ def installed(package: str) -> bool:
 def our_averages(
     tx: optax.GradientTransformationExtraArgs, iterates: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """What updates towards `iterates` lead to, and our average after each."""
+    """Return the parameters after each update towards `iterates`, and our averages."""
 
     def step(carry: Any, new: jax.Array) -> Any:
         params, state = carry
@@ -211,7 +211,7 @@ def our_averages(
 def their_averages(
     peer: Peer, decay: float, first: jax.Array, iterates: jax.Array
 ) -> np.ndarray:
-    """Theirs after each iterate, in float64."""
+    """Return their average after each iterate, in float64."""
     take = peer.theirs(decay, first)
     return np.stack([np.asarray(take(p)).astype(np.float64) for p in iterates])
 
@@ -219,7 +219,7 @@ def their_averages(
 def last_averages(
     peer: Peer, decay: float, iterates: np.ndarray, dtype: str
 ) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
-    """Theirs, ours, and ours in float64, of iterates in `dtype`, after the last."""
+    """Return the last averages: theirs, ours, and ours in float64."""
     tx, given = peer.ours(decay), jnp.asarray(iterates, dtype)
     followed, ours = our_averages(tx, given)
     try:
@@ -233,14 +233,14 @@ def last_averages(
 
 
 def noisy(scale: float, steps: int) -> np.ndarray:
-    """Parameters near 1 with noise: the initial ones, and `steps` more."""
+    """Draw parameters near 1 with noise: initial ones, and `steps` more."""
     rng = np.random.default_rng(0)
     around = 1 + 0.1 * rng.standard_normal(SIZE)
     return around + scale * rng.standard_normal((steps + 1, SIZE))
 
 
 def difference(peer: Peer) -> float:
-    """The largest difference from ours; in float64 where `jax_enable_x64` is set."""
+    """Return the largest difference from ours; in float64 with `jax_enable_x64`."""
     iterates = jnp.asarray(noisy(1.0, EXACT_STEPS))
     followed, ours = our_averages(peer.ours(0.9), iterates)
     theirs = their_averages(peer, 0.9, iterates[0], followed)
@@ -248,7 +248,7 @@ def difference(peer: Peer) -> float:
 
 
 def measure(peer: Peer, long_steps: int = LONG_STEPS) -> Row:
-    """All of a peer's columns."""
+    """Measure all columns of a peer."""
     with jax.enable_x64(True):
         apart = difference(peer)
     jump = last_averages(peer, 0.999, JUMP, "bfloat16")
@@ -263,8 +263,8 @@ def measure(peer: Peer, long_steps: int = LONG_STEPS) -> Row:
 def main(
     argv: Sequence[str] | None = None, long_steps: int = LONG_STEPS
 ) -> dict[str, Row]:
-    """Measures, prints the table and returns it."""
-    command_line.Parser("Averages of other libraries beside ours.").parse_args(argv)
+    """Measure, print and return the table."""
+    command_line.Parser("Compare averages of other libraries.").parse_args(argv)
     rows = {}
     print("| | float64 | bfloat16: theirs, ours, true | float32: theirs, ours |")
     print("| --- | --- | --- | --- |")

@@ -1,31 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Five ways to end a run of the language-model lesson, over several seeds.
+"""Five ways to end a run of the language model, over several seeds.
 
-    python -m benchmarks.language_model [--data FILE_OR_FOLDER]
+    python -m studies.language_model [--data FILE_OR_FOLDER]
 
-The model and its training are the lesson's (`examples/language_model.py`); the text is
-that of Python's `help()`, or any other English (Penn Treebank, WikiText-2). One
-trajectory of SGD at a constant rate gives four of the models compared: its last
-iterate, its best one on the validation set, the average that `nt_asgd` begins when the
-validation loss stops improving, and an exponential moving average. (With `lambd=0`,
-`nt_asgd` changes nothing about the iterate.) A second trajectory divides its rate by 4
-whenever the validation loss is above its lowest.
+Trains the model of `examples/language_model.py` on the text of Python's `help()`, or on
+other English text (Penn Treebank, WikiText-2). One run of SGD at a constant learning
+rate gives four of the models: its last iterate, its best iterate on the validation set,
+the average of `nt_asgd`, which begins when the validation loss stops improving, and an
+EMA. (With `lambd=0`, `nt_asgd` takes the same steps as SGD.) A second run divides its
+learning rate by 4 whenever the validation loss is above its lowest.
 
-What it shows: the average is well below the iterates that it averages, and below the
-best of them, without a schedule to tune and without knowing beforehand when to begin.
-What it does not show: that nothing else does as well. A rate divided in time does,
-and an exponential moving average is a little better.
-
-With `--checkpoint-dir` a run that was killed goes on from its last whole epoch, to
-the same table.
+The average is well below the iterates that it averages, and below the best of them,
+without a schedule to tune and without choosing when to begin. But other methods do as
+well: a learning rate that is divided in time, and an EMA, which is slightly better.
 """
 
 import functools
-import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any, NamedTuple
@@ -35,7 +29,6 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
@@ -45,21 +38,19 @@ from asgd_optax import (
     exponential_weighting,
     nt_asgd,
 )
-from benchmarks import command_line
 from examples import language_model as lesson
 from examples.language_model import BATCH_SIZE, BPTT, LanguageModel
-from examples.linen_train_state import KEEP, attempt, resume, save
+from tools import command_line, report
 
 EMA_DECAY = 0.999
-SAMPLE_LENGTH = 120  # words
 
 # The text.
 UNKNOWN, LINE_END = "<unk>", "<eos>"
 PARTS = ("train", "valid", "test")
-BLOCK = 10  # paragraphs that stay together in one part
-MIN_COUNT = 3  # rarer words of a text that comes without a vocabulary are unknown
+BLOCK = 10  # consecutive paragraphs that stay in one part
+MIN_COUNT = 3  # rarer words are unknown, unless the text has its own vocabulary
 
-# The models compared, and how each is drawn.
+# The models compared, and their colours.
 LABELS = {
     "last": "SGD, last iterate",
     "best": "SGD, best iterate",
@@ -71,7 +62,7 @@ COLORS = {"last": "C0", "best": "C5", "average": "C1", "ema": "C2", "divided": "
 
 
 class Corpus(NamedTuple):
-    """A text in three parts, every word its index in `words`."""
+    """A text in three parts, with words as indices into `words`."""
 
     words: list[str]
     training: np.ndarray
@@ -80,12 +71,12 @@ class Corpus(NamedTuple):
 
 
 class Windows(NamedTuple):
-    """A text in windows, which follow each other. Shapes (windows, batch, BPTT).
+    """A text in consecutive windows. Shapes (windows, batch, BPTT).
 
     Attributes:
       inputs: words.
-      targets: the word after each of them.
-      weights: 1, or 0 where the text has ended.
+      targets: the word after each input.
+      weights: 1, or 0 after the end of the text.
     """
 
     inputs: np.ndarray
@@ -94,18 +85,17 @@ class Windows(NamedTuple):
 
 
 class State(NamedTuple):
-    """All that the rest of one seed's run depends on.
+    """The state of one seed's training.
 
     Attributes:
-      params: the iterate of SGD at a constant rate.
-      opt_state: its optimizer's, with the averages.
+      params: the iterate of SGD at a constant learning rate.
+      opt_state: its optimizer's state, with the averages.
       best: the iterate with the lowest validation loss so far.
-      divided: the iterate of the second trajectory.
-      rate: its rate.
-      losses: on the validation set at the end of each epoch, infinite where that is
-        still to come; the keys are those of `LABELS`, without the best iterate's.
-        Each of shape (epochs,).
-      triggered: whether NT-ASGD was averaging in that epoch. Shape (epochs,).
+      divided: the iterate of the second run.
+      rate: the learning rate of the second run.
+      losses: validation losses after each epoch, infinite for epochs to come; the keys
+        are those of `LABELS` without "best". Each of shape (epochs,).
+      triggered: whether NT-ASGD averaged in each epoch. Shape (epochs,).
     """
 
     params: Any
@@ -118,42 +108,27 @@ class State(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What a run measured; the keys of the dictionaries are those of `LABELS`.
+    """The results; the keys of the dictionaries are those of `LABELS`.
 
     Attributes:
       curves: validation perplexities after each epoch, each of shape (epochs, seeds).
       test: test perplexities after the last epoch, each of shape (seeds,).
-      triggers: the epochs after which NT-ASGD began to average, infinite where it
-        did not. Shape (seeds,).
-      sample: text that the first seed's average wrote.
+      triggers: the epochs after which NT-ASGD began to average, infinite if it never
+        did. Shape (seeds,).
     """
 
     curves: dict[str, np.ndarray]
     test: dict[str, np.ndarray]
     triggers: np.ndarray
-    sample: str
-
-
-def read(file: Path) -> str:
-    """The text in a file."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        text = "\0"
-    if "\0" in text:
-        raise ValueError(f"{file} is not text in UTF-8")
-    if not text.strip():
-        raise ValueError(f"{file} is empty")
-    return text
 
 
 def split(text: str) -> list[str]:
-    """The training, validation and test part of a text, 8:1:1."""
-    # Manuals repeat themselves: a paragraph that is in two parts of the text, and
-    # tables, which are all alike, would make the test part known from training.
+    """Split a text into training, validation and test parts, 8:1:1."""
+    # Manuals repeat themselves. Repeated paragraphs, and tables, which are all alike,
+    # would leak from training into the test part.
     paragraphs: dict[str, list[str]] = {}
     for paragraph in re.split(r"\n\s*\n", text):
-        # Nor is there a word in a heading's underline.
+        # Drop lines without words, such as a heading's underline.
         lines = [line for line in paragraph.split("\n") if re.search(r"\w", line)]
         is_table = re.search(r"^\s*(\+[-=+]{3,}|\||={2,} +=)", paragraph, re.MULTILINE)
         if lines and not is_table:
@@ -166,50 +141,31 @@ def split(text: str) -> list[str]:
 
 
 def load(data: Path | None) -> Corpus:
-    """The text in a file or in a folder's three files, or else that of `help()`."""
+    """Load the text of a file, of a folder's three files, or of Python's `help()`."""
     word, min_count = r"\w+|[^\w\s]", MIN_COUNT
     if data is None:
         texts = split("\n\n".join(topics[name] for name in sorted(topics)))
     elif data.is_dir():
-        # Such files have their words set apart, and the rare ones replaced.
-        word, min_count = r"\S+", 1
-        texts = []
+        # In such files words are separated by spaces, and rare ones are replaced.
+        word, min_count, texts = r"\S+", 1, []
         for part in PARTS:
-            files = [
-                file
-                for file in data.iterdir()
-                if file.is_file() and [p for p in PARTS if p in file.name] == [part]
-            ]
-            if len(files) != 1:
-                found = ", ".join(sorted(file.name for file in files)) or "none"
-                raise ValueError(
-                    f"{data} must have one file with {part!r} in its name, as in"
-                    f" ptb.{part}.txt; found {found}"
-                )
-            texts.append(read(files[0]))
-    elif data.is_file():
-        texts = split(read(data))
+            (file,) = data.glob(f"*{part}*")
+            texts.append(file.read_text(encoding="utf-8"))
     else:
-        raise ValueError(f"there is no file or folder {str(data)!r}")
+        texts = split(data.read_text(encoding="utf-8-sig"))
     parts = [
         [w for line in text.splitlines() for w in [*re.findall(word, line), LINE_END]]
         for text in texts
     ]
-    for name, tokens in zip(PARTS, parts, strict=True):
-        if len(tokens) <= BATCH_SIZE * BPTT:
-            raise ValueError(
-                f"too little text: {len(tokens)} words in the {name} part, and a batch"
-                f" takes {BATCH_SIZE * BPTT + 1} (a file is split between paragraphs)"
-            )
     counts = Counter(parts[0])
-    del counts[UNKNOWN]  # which comes first, whether or not the text has it
+    del counts[UNKNOWN]  # comes first, whether or not the text has it
     words = [UNKNOWN, *sorted(w for w, n in counts.items() if n >= min_count)]
     index = {w: i for i, w in enumerate(words)}
     return Corpus(words, *(np.array([index.get(w, 0) for w in p]) for p in parts))
 
 
 def cut(tokens: np.ndarray) -> Windows:
-    """The text as `BATCH_SIZE` long lines one under the other, cut into windows."""
+    """Arrange a text as `BATCH_SIZE` parallel lines, cut into windows."""
     length = math.ceil((len(tokens) - 1) / BATCH_SIZE)
     windows = math.ceil(length / BPTT)
 
@@ -224,7 +180,7 @@ def cut(tokens: np.ndarray) -> Windows:
 
 
 class Setup(NamedTuple):
-    """What the training is compiled for."""
+    """The static arguments of the compiled training."""
 
     model: LanguageModel
     rate: float
@@ -233,7 +189,7 @@ class Setup(NamedTuple):
 
 
 def optimizer(setup: Setup) -> optax.GradientTransformationExtraArgs:
-    """Constant-rate SGD, watched by two averages that change nothing about it."""
+    """Return SGD at a constant learning rate, with two averages of its iterates."""
     return optax.named_chain(
         ("clip", optax.clip_by_global_norm(lesson.CLIP)),
         (
@@ -247,7 +203,7 @@ def optimizer(setup: Setup) -> optax.GradientTransformationExtraArgs:
 
 
 def sgd(rate: jax.Array) -> optax.GradientTransformationExtraArgs:
-    """The same SGD, without averages and at any rate."""
+    """Return the same SGD, without averages and at any learning rate."""
     tx = optax.chain(
         optax.clip_by_global_norm(lesson.CLIP),
         optax.add_decayed_weights(lesson.WEIGHT_DECAY),
@@ -257,11 +213,11 @@ def sgd(rate: jax.Array) -> optax.GradientTransformationExtraArgs:
 
 
 def models(state: State) -> dict[str, Any]:
-    """The params of the models compared."""
+    """Return the params of the models compared."""
     return {
         "last": state.params,
         "best": state.best,
-        # Two averages in one chain: each is read by the name of its link.
+        # With two averages in one chain, each is read by name.
         "average": averaged_params(state.opt_state["average"], state.params),
         "ema": averaged_params(state.opt_state["ema"], state.params),
         "divided": state.divided,
@@ -270,9 +226,9 @@ def models(state: State) -> dict[str, Any]:
 
 @functools.partial(jax.jit, static_argnames="setup")
 def create(setup: Setup, seed: Any) -> State:
-    """A seed's state before the first epoch."""
-    word = jnp.zeros((1, 1), int)
-    params = setup.model.init(jax.random.key(seed), word, start(setup.model))
+    """Return a seed's state before the first epoch."""
+    word, carry = jnp.zeros((1, 1), int), (jnp.zeros((1, setup.model.hidden)),) * 2
+    params = setup.model.init(jax.random.key(seed), word, carry)
     return State(
         params,
         optimizer(setup).init(params),
@@ -295,8 +251,7 @@ def train_epoch(
     training: Windows,
     validation: Windows,
 ) -> State:
-    """Both trajectories of a seed through the text once, and their validation."""
-    # All randomness is a function of seed, epoch and window: none is left to save.
+    """Train both runs of a seed for an epoch, and validate them."""
     key = jax.random.fold_in(jax.random.key(seed), epoch)
     train = functools.partial(lesson.train_epoch, setup.model)
     before = state.losses
@@ -310,12 +265,12 @@ def train_epoch(
         fresh = (state.divided, tx.init(state.divided))
         return train(tx, training, key, fresh, jnp.nan)[0]
 
-    # Until its rate is first divided, the second trajectory is the first.
+    # Until its learning rate is divided, the second run is the first.
     divided = jax.lax.cond(state.rate == setup.rate, lambda: params, train_divided)
 
     state = state._replace(params=params, opt_state=opt_state, divided=divided)
     candidates = models(state)
-    del candidates["best"]  # known from its own epoch
+    del candidates["best"]  # evaluated in its own epoch
     losses = evaluate(setup.model, candidates, validation)
     better = losses["last"] < before["last"].min()
     worse = losses["divided"] > before["divided"].min()
@@ -331,7 +286,7 @@ def train_epoch(
 def evaluate(
     model: LanguageModel, candidates: dict[str, Any], text: Windows
 ) -> dict[str, jax.Array]:
-    """The mean cross-entropy of each of several params."""
+    """Return the mean cross-entropy of several params."""
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *candidates.values())
     losses = jax.lax.map(
         functools.partial(lesson.mean_cross_entropy, model, text), stacked
@@ -339,87 +294,32 @@ def evaluate(
     return dict(zip(candidates, losses, strict=True))
 
 
-def start(model: LanguageModel) -> Any:
-    """What is carried into the first window of one text alone."""
-    return (jnp.zeros((1, model.hidden)),) * 2
-
-
-@functools.partial(jax.jit, static_argnames=("model", "length"))
-def sample(
-    model: LanguageModel, params: Any, first: jax.Array, key: Any, length: int
-) -> jax.Array:
-    """The `length` words that a model writes after the `first` one."""
-
-    def step(loop: Any, key: Any) -> Any:
-        word, carry = loop
-        logits, carry = model.apply(params, word[None, None], carry)
-        # No text has a word for the unknown ones.
-        word = jax.random.categorical(key, logits[0, 0].at[0].set(-jnp.inf))
-        return (word, carry), word
-
-    keys = jax.random.split(key, length)
-    return jax.lax.scan(step, (first, start(model)), keys)[1]
-
-
-def identity(setup: Setup, corpus: Corpus, fresh: list[State]) -> dict[str, Any]:
-    """What has to be the same for a run to go on from a checkpoint."""
-
-    def digest(*parts: Any) -> str:
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
-
-    recipe = (BATCH_SIZE, BPTT, lesson.DROPOUT, lesson.CLIP, lesson.WEIGHT_DECAY)
-    return {
-        "rate": setup.rate,
-        "nonmono": setup.nonmono,
-        "epochs": setup.epochs,
-        "seeds": len(fresh),
-        "hidden": setup.model.hidden,
-        "vocabulary": digest(corpus.words),
-        "text": digest(*(part.tolist() for part in corpus[1:])),
-        "model": digest(
-            recipe, EMA_DECAY, jax.tree.map(lambda x: f"{x.dtype}{x.shape}", fresh)
-        ),
-    }
-
-
 def perplexity(loss: Any) -> np.ndarray:
-    """What the mean cross-entropy says about a model: as if of so many words."""
+    """Return the perplexity, exp of the mean cross-entropy."""
     with np.errstate(over="ignore"):
         return np.exp(np.asarray(loss, float))
 
 
-def train(
-    setup: Setup,
-    corpus: Corpus,
-    states: list[State],
-    epochs_done: int,
-    keep: Callable[[int, list[State]], None] = lambda epoch, states: None,
-) -> list[State]:
-    """Trains all seeds to the last epoch; hands their states to `keep` after each."""
+def train(setup: Setup, corpus: Corpus, seeds: int) -> list[State]:
+    """Train all seeds to the last epoch."""
     training, validation = cut(corpus.training), cut(corpus.validation)
-    states, seeds = list(states), len(states)
-    with tqdm(
-        desc="training",
-        unit="epoch",
-        initial=epochs_done * seeds,
-        total=setup.epochs * seeds,
-    ) as bar:
-        for epoch in range(epochs_done, setup.epochs):
-            for seed in range(seeds):
-                states[seed] = train_epoch(
-                    setup, states[seed], seed, epoch, training, validation
-                )
-                now = {k: perplexity(v[epoch]) for k, v in states[seed].losses.items()}
+    states = []
+    with tqdm(desc="training", unit="epoch", total=setup.epochs * seeds) as bar:
+        for seed in range(seeds):
+            state = create(setup, seed)
+            for epoch in range(setup.epochs):
+                state = train_epoch(setup, state, seed, epoch, training, validation)
+                now = {k: perplexity(v[epoch]) for k, v in state.losses.items()}
                 bar.set_postfix_str(
                     f"perplexity: last {now['last']:.1f}, average {now['average']:.1f}"
                 )
                 bar.update()
-            keep(epoch + 1, states)
+            states.append(state)
     return states
 
 
 def measure(setup: Setup, corpus: Corpus, states: list[State]) -> Results:
-    """The curves of trained seeds, their perplexities on the test part, a sample."""
+    """Return the curves of trained seeds, and their test perplexities."""
     model, test = setup.model, cut(corpus.test)
     curves = {
         name: perplexity(np.stack([state.losses[name] for state in states], axis=-1))
@@ -431,57 +331,47 @@ def measure(setup: Setup, corpus: Corpus, states: list[State]) -> Results:
         np.argmax(state.triggered) if state.triggered.any() else math.inf
         for state in states
     ]
-    first = jnp.array(corpus.words.index(LINE_END))
-    average = models(states[0])["average"]
-    written = sample(model, average, first, jax.random.key(0), SAMPLE_LENGTH)
-    words = [corpus.words[i] for i in written.tolist()]
     return Results(
         curves={name: curves[name] for name in LABELS},
         test={name: perplexity([loss[name] for loss in losses]) for name in LABELS},
         triggers=np.array(triggers, float),
-        sample=" ".join(words).replace(f" {LINE_END} ", "\n"),
     )
 
 
-def table(results: Results) -> str:
-    """The perplexities, mean ± standard deviation over the seeds; those of each."""
+def tables(results: Results) -> str:
+    """Format the perplexities: mean ± standard deviation, and those of each seed."""
     final = {name: curve[-1] for name, curve in results.curves.items()}
-    rows = [["", "validation perplexity", "test perplexity"]]
+    header, rows = ["", "validation perplexity", "test perplexity"], []
     for name, label in LABELS.items():
-        cells = [command_line.spread(x[name], 2) for x in (final, results.test)]
+        cells = [report.spread(x[name], 2) for x in (final, results.test)]
         rows.append([label, *cells])
     below = [
         f"in {np.sum(x['average'] < x['last'])} of {len(x['last'])} seeds"
         for x in (final, results.test)
     ]
     rows.append(["NT-ASGD below SGD's last", *below])
-    seeds = [["seed", "averages after", "validation: last, average", "test: the same"]]
+    of_seeds = []
     for seed, trigger in enumerate(results.triggers):
         cells = [
             f"{x['last'][seed]:.2f}, {x['average'][seed]:.2f}"
             for x in (final, results.test)
         ]
         when = f"epoch {trigger:g}" if trigger < math.inf else "never"
-        seeds.append([str(seed), when, *cells])
-    return f"{_markdown(rows)}\n\n{_markdown(seeds)}"
-
-
-def _markdown(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
-    return "\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows)
+        of_seeds.append([str(seed), when, *cells])
+    columns = ["seed", "averages after", "validation: last, average", "test: the same"]
+    return f"{report.table(header, rows)}\n\n{report.table(columns, of_seeds)}"
 
 
 def draw(results: Results, output: Path) -> None:
-    """Draws the validation perplexities: the seeds' median, and a band for them all."""
-    plt.style.use(Path(lesson.__file__).with_name("style.mplstyle"))
+    """Draw the validation perplexities: the median and the range over the seeds."""
+    plt.style.use(report.STYLE)
     figure, axes = plt.subplots(figsize=(7, 4.5))
     epochs, seeds = results.curves["last"].shape
     when = np.arange(1, epochs + 1)
     for name, label in LABELS.items():
         curve = results.curves[name]
         if name == "average":
-            # Until the first trigger the average is the iterate in every seed.
+            # Until the first trigger, the average is the iterate in every seed.
             began = when >= results.triggers.min()
             curve = np.where(began[:, None], curve, np.nan)
         color, dashed = COLORS[name], "--" if name == "best" else "-"
@@ -505,7 +395,7 @@ def draw(results: Results, output: Path) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     curves = np.stack(list(results.curves.values()))
     if np.isfinite(curves).any():
-        # The first epochs are far above: the differences are at the end.
+        # Leave the first epochs out, which are far above.
         lowest = curves[np.isfinite(curves)].min()
         axes.set_ylim(0.97 * lowest, 1.7 * lowest)
     axes.legend(loc="upper right")
@@ -513,37 +403,17 @@ def draw(results: Results, output: Path) -> None:
     plt.close(figure)
 
 
-def train_and_keep(
-    setup: Setup, corpus: Corpus, states: list[State], folder: Path
-) -> list[State]:
-    """Goes on from the newest epoch in a folder, and keeps the last two there."""
-    run = identity(setup, corpus, states)
-    what = f"keep checkpoints in {folder}"
-    attempt(what, folder.mkdir, parents=True, exist_ok=True)
-    with attempt(what, ocp.CheckpointManager, folder, options=KEEP) as manager:
-        what = f"go on from {folder}/{manager.latest_step()}"
-        epochs_done, states = attempt(what, resume, manager, states, run)
-        print(
-            f"{'resumed' if epochs_done else 'afresh'}: {folder}, epoch {epochs_done}"
-        )
-
-        def keep(epoch: int, states: list[State]) -> None:
-            attempt(f"save in {folder}", save, manager, epoch, states, run)
-
-        return train(setup, corpus, states, epochs_done, keep)
-
-
-def _parser() -> command_line.Parser:
-    count = command_line.count
+def main(argv: Sequence[str] | None = None) -> Results:
+    """Train, save the figure, print the tables and return the perplexities."""
     parser = command_line.Parser(
-        "Train an LSTM language model; compare SGD, NT-ASGD, EMA and a divided rate."
+        "Train an LSTM language model; compare SGD, NT-ASGD, EMA and a decayed rate."
     )
     parser.add_argument(
         "--data",
         type=Path,
-        help="a text file, blank lines between its paragraphs; or a folder with one"
-        " file each that has train, valid and test in its name, spaces between the"
-        " words, as Penn Treebank and WikiText (default: the texts of Python's help())",
+        help="a text file with blank lines between paragraphs, or a folder with one"
+        " file each named train, valid and test and spaces between words, such as Penn"
+        " Treebank or WikiText (default: the texts of Python's help())",
     )
     parser.add_argument(
         "--rate",
@@ -552,79 +422,42 @@ def _parser() -> command_line.Parser:
         help="learning rate (default: %(default)s)",
     )
     parser.add_argument(
-        "--nonmono",
-        type=count,
-        default=3,
-        help="epochs whose validation losses a new one is not compared with"
-        " (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--epochs",
-        type=count,
-        default=24,
-        help="times through the text (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--hidden",
-        type=count,
-        default=128,
-        help="units of the LSTM, and of the embedding (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seeds",
-        type=count,
-        default=3,
-        help="models to train; a seed sets the initial weights and the dropout"
-        " (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--checkpoint-dir",
-        type=Path,
-        help="keeps the last two epochs' checkpoints; a later start with the same"
-        " options resumes from the newest (default: none is kept)",
-    )
-    parser.add_argument(
         "--output",
         type=Path,
         default=Path("out/language_model.png"),
         help="where to save the figure (default: %(default)s)",
     )
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> Results:
-    """Trains, saves the figure, prints the table and returns what was measured."""
-    parser = _parser()
+    for name, default, meaning in (
+        ("--nonmono", 3, "latest epochs that a validation loss is not compared with"),
+        ("--epochs", 24, "passes over the text"),
+        ("--hidden", 128, "units of the LSTM, and of the embedding"),
+        ("--seeds", 3, "models to train, with different initial weights and dropout"),
+    ):
+        parser.add_argument(
+            name,
+            type=command_line.whole_number(),
+            default=default,
+            help=f"{meaning} (default: %(default)s)",
+        )
     options = parser.parse_args(argv)
-    try:
-        corpus = load(options.data)
-    except (OSError, ValueError) as error:
-        parser.error(f"argument --data: {error}")
+    corpus = load(options.data)
     model = LanguageModel(len(corpus.words), options.hidden)
     setup = Setup(model, options.rate, options.nonmono, options.epochs)
-    states = [create(setup, seed) for seed in range(options.seeds)]
-    command_line.check_output(parser, options.output)
-    if options.checkpoint_dir is None:
-        states = train(setup, corpus, states, 0)
-    else:
-        states = train_and_keep(
-            setup, corpus, states, options.checkpoint_dir.absolute()
-        )
-    results = measure(setup, corpus, states)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    results = measure(setup, corpus, train(setup, corpus, options.seeds))
     draw(results, options.output)
     sizes = [
         f"{len(part)} ({part_name})"
         for part_name, part in zip(PARTS, corpus[1:], strict=True)
     ]
     print(f"{', '.join(sizes)} words, {len(corpus.words)} different ones\n")
-    print(table(results))
-    print(f"\nText by NT-ASGD's average, seed 0:\n{results.sample}")
+    print(tables(results))
     settings = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in vars(options).items()
         if value is not None
     }
-    print(command_line.describe(settings))
+    print(report.describe(settings))
     return results
 
 
