@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from asgd_optax import average_iterates, averaged_params, exponential_weighting
-from benchmarks import coming_from
+from studies import coming_from
 from tests.support import enable_x64
 
 # Of Keras 3.15's own, wherever a variable becomes a NumPy array.
