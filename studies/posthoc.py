@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which averages can be reconstructed from those kept in a run, and how fast.
+"""How well the averages kept in a run approximate others, and what the fit costs.
 
     python -m studies.posthoc
 
-Needs no training: `posthoc_coefficients` computes the error from the profiles alone, so
-you can choose what to keep before the run.
+`posthoc_coefficients` needs the profiles alone, so it shows before a run what to keep.
 """
 
 import time
@@ -24,21 +23,20 @@ from tools import command_line, report
 STEPS = 8_000
 LONG = 10**9
 PAGE = """\
-# Averages reconstructed from kept ones
+# How well kept averages approximate others
 
-Averages at step {steps:,}, reconstructed from averages kept up to step {steps:,}: the
-relative distance that is left between the profiles and, in brackets, the amplification
-of the kept averages' rounding errors. `posthoc_coefficients`, float64.
+Averages kept up to step {steps:,}, and averages of step {steps:,} made of them: the
+remaining relative distance of the profiles, and in brackets the amplification, by which
+the rounding errors of the kept averages grow. `posthoc_coefficients`, float64.
 
 {table}
 
-*Two widths* are power-function averages with relative widths 0.05 and 0.10. A residual
-of 0.03 means a slightly different average; 0.4 means a wrong one. An amplification of
-100 turns the 6e-8 of float32 into an error of 6e-6 of the weights.
+*Two widths* are power-function averages of width 0.05 and 0.10. With a residual of 0.03
+the average is slightly different; with 0.4 it is not the one that was asked for. An
+amplification of 100 turns float32's 6e-8 into an error of 6e-6 of the weights.
 
-A width of 0.15 after {long:.0e} steps, from two widths kept at ten steps, takes
-{seconds:.1f} s and leaves a residual of {residual:.3f}, as after {steps:,} steps
-({expected:.3f}).
+A width of 0.15 after {long:.0e} steps, from two widths kept ten times: {seconds:.1f} s,
+and a residual of {residual:.3f}, as after {steps:,} steps ({expected:.3f}).
 """
 
 
@@ -68,7 +66,7 @@ def kept(rules: Sequence[Any], every: int, step: int) -> list[AverageProfile]:
 
 
 def snapshots(step: int) -> dict[str, list[AverageProfile]]:
-    """Return sets of averages to keep, by their name in the table."""
+    """Return choices of what to keep, by their names in the table."""
     two = (width(0.05), width(0.10))
     return {
         "uniform, every 1,000": kept([None], 1000, step),
@@ -81,14 +79,14 @@ def snapshots(step: int) -> dict[str, list[AverageProfile]]:
 
 
 def cell(fit: PosthocFit) -> str:
-    # Below this, the residual is the rounding error of an exact reconstruction.
+    # An exact mixture leaves rounding errors only.
     residual = "0" if fit.residual < 1e-9 else f"{fit.residual:.2g}"
     return f"{residual} ({fit.amplification:.3g})"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Compute, print and save the table."""
-    parser = command_line.report_parser("Averages reconstructed from kept ones.")
+    """Print the table and save it."""
+    parser = command_line.report_parser("How well kept averages approximate others.")
     options = parser.parse_args(argv)
     held = snapshots(STEPS)
     rows = [
