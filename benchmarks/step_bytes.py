@@ -14,7 +14,13 @@ from collections.abc import Sequence
 
 import optax
 
-from asgd_optax import asgd, average_iterates, nt_asgd, track_random_scaling
+from asgd_optax import (
+    asgd,
+    average_iterates,
+    nt_asgd,
+    running_random_scaling,
+    track_iterates,
+)
 from benchmarks import compilers
 from tools import command_line
 
@@ -37,7 +43,7 @@ TRANSFORMATIONS = {
         SGD, average_iterates(compensated=True)
     ),
     "sgd, average_iterates, every=10": EVERY,
-    "sgd, track_random_scaling": optax.chain(SGD, track_random_scaling()),
+    "sgd, random scaling": optax.chain(SGD, track_iterates(running_random_scaling())),
 }
 ALONE = {
     "asgd": asgd(),
