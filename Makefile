@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Without these a test would wait for a display, or write beside the sources.
+# Tests must not wait for a display, or write next to the sources.
 export MPLBACKEND := Agg
 export PYTHONDONTWRITEBYTECODE := 1
 
@@ -10,10 +10,10 @@ export PYTHONDONTWRITEBYTECODE := 1
 
 .PHONY: help
 help:  ## List the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
 
-# What makes an environment with an extra of pyproject.toml in it. Stamped, so that a
-# second run installs nothing.
+# Creates an environment with an extra of pyproject.toml. A stamp file records it, so that
+# later runs install nothing.
 ENVIRONMENT = $(PYTHON) -m venv $(@D) && $(@D)/bin/pip install --quiet \
   --disable-pip-version-check --editable
 
@@ -21,9 +21,9 @@ $(VENV)/.examples $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: pyproject.toml
 	$(ENVIRONMENT) '.[$*]'
 	@touch $@
 
-# Others have one of their own: beside the TPU's library, CUDA's or a live torch the
-# ordinary tests are not the same, and what themes ask for is to decide nothing elsewhere.
-$(VENV)-bench/.bench $(VENV)-docs/.docs $(VENV)-mutants/.mutants: pyproject.toml
+# These get their own environments: libtpu, CUDA or torch would change the ordinary tests,
+# and the docs theme pins versions.
+$(VENV)-bench/.bench $(VENV)-docs/.docs: pyproject.toml
 	$(ENVIRONMENT) '.[$(@F:.%=%)]'
 	@touch $@
 
@@ -34,44 +34,48 @@ $(VENV)-tpu/.test $(VENV)-gpu/.test: pyproject.toml
 	@touch $@
 
 .PHONY: demo
-demo: $(VENV)/.examples  ## Train on the digits, print the table, draw out/digits.png
+demo: $(VENV)/.examples  ## Train on digits; print a table and draw out/digits.png
 	$(BIN)/python -m examples.digits $(ARGS)
 
-# The tests of programs (lessons, benchmarks, the code of the site's pages, the command, what
-# other processes run) are apart: a newcomer is spared their time. A worker that is done
-# takes over what another has left.
+# Tests of programs have their own target, which keeps `make test` short. `worksteal` moves
+# tests from a busy worker to an idle one.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
-PROGRAMS := test_example_*.py test_benchmark_*.py test_pages.py \
+PROGRAMS := test_examples.py test_benchmarks.py test_studies.py test_pages.py \
   test_average_command.py test_export.py test_processes.py
 
 .PHONY: test
 test: $(VENV)/.test  ## Run the library's tests and the doctests
-	$(PYTEST) $(PROGRAMS:%=--ignore-glob='tests/%') $(ARGS)
+	$(PYTEST) $(PROGRAMS:%=--ignore=tests/%) $(ARGS)
 
 .PHONY: test-programs
-test-programs: $(VENV)/.test  ## Run the tests of lessons, benchmarks, pages and processes
+test-programs: $(VENV)/.test  ## Run the tests of examples, benchmarks, studies, pages
 	$(PYTEST) $(PROGRAMS:%=tests/%) $(ARGS)
 
 .PHONY: test-tpu
-test-tpu: $(VENV)-tpu/.test  ## Ask the TPU compiler, without a TPU
+test-tpu: $(VENV)-tpu/.test  ## Compile for TPU and check the result (no TPU needed)
 	$(VENV)-tpu/bin/python -m pytest tests/tpu $(ARGS)
 
-# On the CPU, or the plugin looks for CUDA.
+# JAX_PLATFORMS keeps the plugin from looking for CUDA.
 .PHONY: test-gpu
-test-gpu: $(VENV)-gpu/.test  ## Ask the GPU compiler, without a GPU
+test-gpu: $(VENV)-gpu/.test  ## Compile for GPU and check the result (no GPU needed)
 	JAX_PLATFORMS=cpu $(VENV)-gpu/bin/python -m pytest tests/gpu $(ARGS)
 
-BENCHMARKS := step_cost training_loop transformer one_pass rate_sweep
+BENCHMARKS := step_cost training_loop transformer
+STUDIES := one_pass rate_sweep
+RUN = for name in $(1); do $(VENV)-bench/bin/python -m $$name $(ARGS) || exit 1; done
 
 .PHONY: bench
-bench: $(VENV)-bench/.bench  ## Measure what it costs and what it buys; tables and pictures
-	for name in $(BENCHMARKS); do \
-	  $(VENV)-bench/bin/python -m benchmarks.$$name $(ARGS) || exit 1; done
+bench: $(VENV)-bench/.bench  ## Run the benchmarks; write tables and plots
+	$(call RUN,$(BENCHMARKS:%=benchmarks.%))
 
-# Fetched here once, so that neither the build nor a page asks another host for it.
+.PHONY: studies
+studies: $(VENV)-bench/.bench  ## Run the short studies; write tables and plots
+	$(call RUN,$(STUDIES:%=studies.%))
+
+# Downloaded once, so that neither the build nor a page loads it from another host.
 MATHJAX := build/static/.mathjax-3.2.2
 .PHONY: mathjax
-mathjax: $(MATHJAX)  ## Fetch MathJax for the site (npm)
+mathjax: $(MATHJAX)  ## Download MathJax for the documentation (npm)
 $(MATHJAX):
 	rm -rf build/static && mkdir -p build/static/mathjax
 	cd build/static && npm pack --silent mathjax@3.2.2 >/dev/null
@@ -81,18 +85,13 @@ $(MATHJAX):
 	@touch $@
 
 .PHONY: docs
-docs: $(VENV)-docs/.docs $(MATHJAX)  ## Build the documentation site in build/docs
+docs: $(VENV)-docs/.docs $(MATHJAX)  ## Build the documentation in build/docs
 	rm -rf build/docs
 	$(VENV)-docs/bin/python -m sphinx -E -W --keep-going -q -d build/doctrees docs build/docs
 
 .PHONY: test-docs
-test-docs: docs  ## Build the site and look at it in Chromium
+test-docs: docs  ## Build the documentation and test it in Chromium
 	$(VENV)-docs/bin/python -m pytest tests/site $(ARGS)
-
-# For hours: `make mutants MODULE=_asgd` is one module of them.
-.PHONY: mutants
-mutants: $(VENV)-mutants/.mutants  ## Change the library a little: does a test notice?
-	nice $(VENV)-mutants/bin/python -m tools.mutants $(MODULE) $(ARGS)
 
 .PHONY: lint
 lint: $(VENV)/.dev  ## Check style and format (ruff)
@@ -104,17 +103,17 @@ types: $(VENV)/.dev  ## Check types (mypy)
 	$(BIN)/mypy
 
 .PHONY: format
-format: $(VENV)/.dev  ## Format and mend what ruff can
+format: $(VENV)/.dev  ## Format and apply ruff's fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 .PHONY: dist
-dist: $(VENV)/.dev  ## Build the wheel and the sdist, and check what an index would
+dist: $(VENV)/.dev  ## Build and check the wheel and the sdist
 	rm -rf dist
 	$(BIN)/python -m build
 	$(BIN)/python -m twine check --strict dist/*
 
 .PHONY: clean
-clean:  ## Remove what the targets made
+clean:  ## Remove everything the targets create
 	rm -rf .venv* .nox build dist out *.egg-info
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis

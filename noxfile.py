@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that must hold, from a bare clone.
+"""All checks, from a fresh clone.
 
-First what a newcomer runs (`make test`, `make demo`), then what is too slow or too
-special for one. `.ci/run` runs all of it, `.ci/run -s NAME` one session,
-`.ci/run --list` names them. A session that fails does not stop the others; the run
-fails at its end.
+`.ci/run` runs every session, `.ci/run -s NAME` one of them, and `.ci/run --list` names
+them. A session that fails does not stop the others, but fails the run.
 """
 
 import glob
@@ -19,55 +17,118 @@ import nox
 nox.options.default_venv_backend = "uv"
 nox.options.error_on_missing_interpreters = True
 
-# Of the core alone: no Flax, so no examples either. `--no-skips`: in a run that is
-# to show something, a test that was skipped showed nothing.
-PYTEST = ["pytest", "--no-skips", "-n", "2", "--dist", "worksteal"]
+# `--no-skips` makes a skipped test fail the run.
+PYTEST = ["pytest", "--no-skips"]
+# Requirements of the core's tests. Flax is left out, and with it what needs it.
 CORE_TESTS = ["chex>=0.1.89", "flatbuffers>=24.3.25", "hypothesis>=6.100"]
 CORE_TESTS += ["pytest>=8.0", "pytest-xdist>=3.6"]
 NEED_FLAX = [
     "asgd_optax/flax",
     "asgd_optax/checkpoints",
+    "tests/*process*",
     "tests/test_average_checkpoints.py",
     "tests/test_average_command.py",
+    "tests/test_benchmarks.py",
     "tests/test_checkpoint.py",
+    "tests/test_examples.py",
     "tests/test_flax.py",
     "tests/test_host_memory.py",
+    "tests/test_studies.py",
 ]
 
 without_environment = nox.session(venv_backend="none")
 
 
 def make(session: nox.Session, *arguments: str) -> None:
-    """Runs `make`, whose targets keep environments of their own."""
+    """Run `make`, whose targets have their own environments."""
     session.run("make", *arguments, external=True)
 
 
-def check_clean_tree(session: nox.Session) -> None:
-    """Fails where something was written that git does not ignore."""
-    dirty = session.run("git", "status", "--porcelain", external=True, silent=True)
-    if dirty:
-        session.error(f"not a clean tree:\n{dirty}")
+def build(session: nox.Session) -> None:
+    """Build the wheel and the sdist in dist/."""
+    # With the Python that runs this: `python3` is the session's.
+    make(session, "dist", f"PYTHON={sys.executable}")
+
+
+def tracked(session: nox.Session, *paths: str) -> set[str]:
+    """Return the files that git tracks, all or those under the paths."""
+    listed = session.run("git", "ls-files", *paths, external=True, silent=True)
+    return set(listed.splitlines())
 
 
 @without_environment
 def lint(session: nox.Session) -> None:
-    """Style, format and types."""
+    """Check style, format and types."""
     make(session, "lint", "types")
 
 
+@nox.session(python="3.13")
+def newest(session: nox.Session) -> None:
+    """Run `make test` and `make demo` from the sdist, on the newest Python and jax."""
+    build(session)
+    (sdist,) = glob.glob("dist/*.tar.gz")
+    shutil.unpack_archive(sdist, session.create_tmp(), filter="data")
+    (sources,) = pathlib.Path(session.create_tmp()).glob("asgd_optax-*")
+    session.chdir(sources)
+    make(session, "test", "PYTHON=python", "ARGS=--no-skips -m 'not torch'")
+    make(session, "demo", "PYTHON=python")
+
+
+@nox.session
+def lowest(session: nox.Session) -> None:
+    """Run the core's tests with the lowest jax and optax that pyproject.toml allows."""
+    session.install("--resolution", "lowest-direct", "-e", ".", *CORE_TESTS)
+    ignored = [f"--ignore-glob={path}" for path in NEED_FLAX]
+    options = ["-n", "2", "--dist", "worksteal", "-m", "not flax and not torch"]
+    session.run(*PYTEST, *options, *ignored)
+
+
 @without_environment
-def newcomer(session: nox.Session) -> None:
-    """README's two commands, twice in a row: the second time sets nothing up."""
-    make(session, "test", "ARGS=--no-skips -m 'not torch'")
-    make(session, "test", "ARGS=tests/test_docs.py")
-    make(session, "demo")
-    make(session, "demo")
-    check_clean_tree(session)
+def programs(session: nox.Session) -> None:
+    """Run the tests of programs, and the benchmarks and studies with tiny sizes."""
+    make(session, "test-programs", "ARGS=--no-skips -m 'not torch'")
+    make(session, "bench", "studies", "ARGS=--quick")
+
+
+@nox.session(venv_backend="venv")
+def live(session: nox.Session) -> None:
+    """Compare with the installed PyTorch, Keras and other libraries."""
+    # A constraint, or pip may install another torch for one of them.
+    constraints = pathlib.Path(session.create_tmp(), "constraints.txt")
+    constraints.write_text("torch==2.13.0\n")
+    packages = ["torch", "ema-pytorch==0.8.3", "diffusers==0.42", "lightning==2.6.6"]
+    packages += ["keras>=3.15", "expecttest", "-e", ".[test]"]
+    session.install("-c", str(constraints), *packages)
+    # The tests load one file of timm, which needs only torch.
+    session.install("--no-deps", "timm==1.0.31")
+    session.run(*PYTEST, "-m", "torch", "tests", "--ignore=tests/live")
+    # Modules that are named fail if a package is missing; others would be left out.
+    modules = sorted(glob.glob("tests/live/test_*.py"))
+    session.run(*PYTEST, *modules, env={"KERAS_BACKEND": "jax"})
+
+
+@nox.session
+def alias_tests(session: nox.Session) -> None:
+    """Run optax's tests of its optimizers, with `asgd` in their table."""
+    session.install("-e", ".[test]", "absl-py")
+    session.run("python", "tools/optax_alias_tests.py", "-q")
+
+
+@without_environment
+def tpu(session: nox.Session) -> None:
+    """Check the code compiled for TPU."""
+    make(session, "test-tpu", "ARGS=--no-skips")
+
+
+@without_environment
+def gpu(session: nox.Session) -> None:
+    """Check the code compiled for GPU."""
+    make(session, "test-gpu", "ARGS=--no-skips")
 
 
 @without_environment
 def docs(session: nox.Session) -> None:
-    """The site, built with warnings as errors and looked at in a browser."""
+    """Build the documentation with warnings as errors, and test it in a browser."""
     if shutil.which("chromium") is None:
         session.run("apt-get", "update", "-q", external=True)
         packages = ["chromium", "fonts-dejavu-core"]
@@ -75,124 +136,38 @@ def docs(session: nox.Session) -> None:
     make(session, "test-docs", "ARGS=--no-skips")
 
 
-def distribution_of(session: nox.Session, kind: str) -> str:
-    """The wheel or the sdist, which hold what git knows: no less, and no more."""
-    # By the Python that runs this: `python3` is the session's own.
-    make(session, "dist", f"PYTHON={sys.executable}")
-    (path,) = glob.glob(f"dist/*.{kind}")
-    name, version = path.removeprefix("dist/").removesuffix(f".{kind}").split("-")[:2]
-    release = f"{name}-{version}"
-    if kind == "whl":
-        with zipfile.ZipFile(path) as wheel:
-            names = set(wheel.namelist())
-        made = ["METADATA", "RECORD", "WHEEL", "licenses/LICENSE"]
-        expected = {f"{release}.dist-info/{file}" for file in made}
-        expected |= tracked(session, "asgd_optax")
-    else:
-        with tarfile.open(path) as sdist:
-            names = set(sdist.getnames())
-        expected = {f"{release}/{file}" for file in tracked(session) | {"PKG-INFO"}}
-    if names != expected:
-        session.error(f"not what git knows: {sorted(names ^ expected)} in {path}")
-    return path
-
-
-def tracked(session: nox.Session, *paths: str) -> set[str]:
-    """The files that git knows, all or those under the paths."""
-    listed = session.run("git", "ls-files", *paths, external=True, silent=True)
-    return set(listed.splitlines())
-
-
 @nox.session
-@nox.parametrize("kind", ["whl", "tar.gz"])
-def distribution(session: nox.Session, kind: str) -> None:
-    """Wheel and sdist, each in an empty environment."""
-    session.install(distribution_of(session, kind))
-    # Away from the sources, which Python would find first.
-    session.chdir(session.create_tmp())
+def distribution(session: nox.Session) -> None:
+    """Check the contents of wheel and sdist, and install each."""
+    build(session)
+    (wheel,), (sdist,) = glob.glob("dist/*.whl"), glob.glob("dist/*.tar.gz")
+    release = sdist.removeprefix("dist/").removesuffix(".tar.gz")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    metadata = ["METADATA", "RECORD", "WHEEL", "licenses/LICENSE"]
+    expected = {f"{release}.dist-info/{file}" for file in metadata}
+    expected |= tracked(session, "asgd_optax")
+    with tarfile.open(sdist) as archive:
+        names |= set(archive.getnames())
+    expected |= {f"{release}/{file}" for file in tracked(session) | {"PKG-INFO"}}
+    if names != expected:
+        session.error(f"files that git does not track: {sorted(names ^ expected)}")
     installed = (
         "import asgd_optax, pathlib; file = pathlib.Path(asgd_optax.__file__);"
         " assert 'site-packages' in file.parts;"
         " assert file.with_name('py.typed').exists()"
     )
-    session.run("python", "-c", installed)
-
-
-@nox.session
-def alias_tests(session: nox.Session) -> None:
-    """optax's own tests of its optimizers, with `asgd` in their table."""
-    session.install("-e", ".[test]", "absl-py")
-    session.run("python", "tools/optax_alias_tests.py", "-q")
-
-
-@without_environment
-def programs(session: nox.Session) -> None:
-    """Tests of lessons, benchmarks, pages, processes; each benchmark briefly."""
-    make(session, "test-programs", "ARGS=--no-skips -m 'not torch'")
-    make(session, "bench", "ARGS=--quick")
-
-
-@nox.session(venv_backend="venv")
-def torch(session: nox.Session) -> None:
-    """A live PyTorch beside ours."""
-    session.install("-e", ".[test]", "torch==2.13.0", "expecttest")
-    session.run("pytest", "--no-skips", "-m", "torch", "tests")
-
-
-@nox.session(venv_backend="venv")
-def live(session: nox.Session) -> None:
-    """The libraries whose averages ours replace, beside ours."""
-    # Or pip may take another torch for one of them, of gigabytes.
-    constraints = pathlib.Path(session.create_tmp(), "constraints.txt")
-    constraints.write_text("torch==2.13.0\n")
-    packages = ["torch", "ema-pytorch==0.8.3", "diffusers==0.42", "lightning==2.6.6"]
-    packages += ["keras>=3.15", "-e", ".[test]"]
-    session.install("-c", str(constraints), *packages)
-    # One file of it is loaded, which needs torch alone.
-    session.install("--no-deps", "timm==1.0.31")
-    # By name: what a module lacks is then an error.
-    modules = sorted(glob.glob("tests/live/test_*.py"))
-    session.run("pytest", "--no-skips", *modules, env={"KERAS_BACKEND": "jax"})
-
-
-@without_environment
-def tpu(session: nox.Session) -> None:
-    """What the TPU's compiler makes of it."""
-    make(session, "test-tpu", "ARGS=--no-skips")
-
-
-@without_environment
-def gpu(session: nox.Session) -> None:
-    """What the GPU's compiler makes of it."""
-    make(session, "test-gpu", "ARGS=--no-skips")
-
-
-@nox.session(python="3.13")
-def newest(session: nox.Session) -> None:
-    """The newest Python, and the newest jax, optax and Flax that it gets.
-
-    The tests are those of the unpacked sdist: that it lacks nothing shows here. Which
-    branches they do not reach is printed.
-    """
-    sdist = distribution_of(session, "tar.gz")
-    shutil.unpack_archive(sdist, session.create_tmp(), filter="data")
-    (sources,) = pathlib.Path(session.create_tmp()).glob("asgd_optax-*")
-    session.chdir(sources)
-    session.install("--upgrade", ".[test]", "pytest-cov>=7.0")
-    session.run(*PYTEST, "-m", "not torch", "--cov")
-
-
-@nox.session
-def lowest(session: nox.Session) -> None:
-    """The lowest jax and optax that pyproject.toml allows, the core alone."""
-    session.install("--resolution", "lowest-direct", "-e", ".", *CORE_TESTS)
-    ignored = [f"--ignore={path}" for path in NEED_FLAX]
-    for name in ("test_example_*", "test_benchmark_*", "*process*"):
-        ignored.append(f"--ignore-glob=tests/{name}")
-    session.run(*PYTEST, "-m", "not flax and not torch", *ignored)
+    paths = [pathlib.Path(path).absolute() for path in (wheel, sdist)]
+    # Outside the sources, which Python would import first.
+    session.chdir(session.create_tmp())
+    for path in paths:
+        session.install("--reinstall-package", "asgd_optax", str(path))
+        session.run("python", "-c", installed)
 
 
 @without_environment
 def clean(session: nox.Session) -> None:
-    """A clean tree at the end."""
-    check_clean_tree(session)
+    """Check that the other sessions left no files that git does not ignore."""
+    dirty = session.run("git", "status", "--porcelain", external=True, silent=True)
+    if dirty:
+        session.error(f"the tree is not clean:\n{dirty}")

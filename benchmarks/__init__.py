@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Studies and timings: `python -m benchmarks.NAME` from the repository's root.
+"""Benchmarks: `python -m benchmarks.NAME` from the repository's root.
 
-A package, and not only a folder: another package's `benchmarks` would win otherwise.
+A package, so that no installed package called `benchmarks` takes precedence.
 """

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `average_iterates(every=k)` costs on the steps that do not average.
+"""Cost of `average_iterates(every=k)` on the steps that do not average.
 
     python -m benchmarks.average_every
 
-One donated SGD step of 33 M float32 parameters, in one leaf and in 16: alone, with
-every iterate averaged, and with every tenth; steps interleaved, medians. "select" is
-the other way to write it, which computes the average at every step and throws it away.
+Times one donated SGD step of 33 M float32 parameters, in one leaf and in 16: without an
+average, averaging at every step, and at every tenth step. Steps are interleaved, and
+medians reported. "select" computes the average at every step and discards most of them.
 """
 
 import statistics
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from asgd_optax import average_iterates
-from benchmarks import command_line
+from tools import command_line
 
 SIZE = 2**25
 ROUNDS = 100
@@ -26,7 +26,7 @@ EVERY = 10
 
 
 def select_every(every: int) -> optax.GradientTransformation:
-    """`average_iterates(every=every)` by a select over the whole average."""
+    """Write `average_iterates(every=every)` as a select over the whole average."""
     inner = average_iterates()
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
@@ -41,8 +41,8 @@ def select_every(every: int) -> optax.GradientTransformation:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Times both trees and prints their tables."""
-    command_line.Parser("What steps cost that do not average.").parse_args(argv)
+    """Time both trees and print their tables."""
+    command_line.Parser("Cost of the steps that do not average.").parse_args(argv)
     sgd = optax.sgd(0.1)
     transformations = {
         "SGD alone": sgd,
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def measure(title: str, params: Any, transformations: dict[str, Any]) -> None:
-    """Prints the median time of a step between, and of one that averages."""
+    """Print the median time of steps with and without averaging."""
     steps, states = {}, {}
     times: dict[str, list[tuple[int, float]]] = {name: [] for name in transformations}
     for name, tx in transformations.items():

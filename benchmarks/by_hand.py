@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The averages of this library's rules, as people write them by hand in JAX."""
+"""The averages of this library, as people write them by hand in JAX."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,16 +16,16 @@ from asgd_optax import (
 )
 
 DECAY = 0.999
-GAMMA = 6.94  # of the power-function average whose width is 0.1 of the run
+GAMMA = 6.94  # of the power-function average with relative width 0.1
 ORDER = 3.0  # of the polynomial
 
 
 class Rule(NamedTuple):
-    """A rule, average <- average + w(n) * (iterate - average), n = 1, 2, ...
+    """A rule: average <- average + w(n) * (iterate - average) for n = 1, 2, ...
 
     Attributes:
-      weighting: w, as this library has it.
-      by_hand: w as the formula stands; a number where it is the same for every n.
+      weighting: w from this library.
+      by_hand: w by its formula, or a number if it is the same for every n.
     """
 
     weighting: Callable[[jax.Array], ArrayLike]
@@ -46,11 +46,11 @@ RULES = {
 
 
 class ByHand(NamedTuple):
-    """An average by hand, kept beside the optimizer's state in the same jit.
+    """A hand-written average, updated after the optimizer in the same jit.
 
     Attributes:
-      init: of the params; returns the state, whose first part is the average.
-      update: of the state and the new params; returns the new state.
+      init: takes params; returns the state, whose first part is the average.
+      update: takes the state and the new params; returns the new state.
     """
 
     init: Callable[[Any], Any]
@@ -58,15 +58,15 @@ class ByHand(NamedTuple):
 
 
 def average(rule: Rule, *, every: int = 1, compensated: bool = False) -> ByHand:
-    """A tree_map behind `apply_updates`.
+    """Average with a `tree_map` after `apply_updates`.
 
     Args:
-      rule: of the average.
-      every: averages every so many-th iterate.
-      compensated: whether to keep what the average could not take in (Kahan's sum).
+      rule: the weights of the average.
+      every: average only every so many-th iterate.
+      compensated: whether to keep the rounding errors (Kahan summation).
     """
     constant = None if callable(rule.by_hand) else rule.by_hand
-    # Who has one weight for all, and averages every time, counts nothing.
+    # A constant weight at every step needs no counter.
     counts = constant is None or every > 1
 
     def init(params: Any) -> Any:
@@ -82,7 +82,7 @@ def average(rule: Rule, *, every: int = 1, compensated: bool = False) -> ByHand:
         if callable(rule.by_hand):
             weight = rule.by_hand((step // every).astype(jnp.result_type(float)))
 
-        def taken_in() -> Any:
+        def averaged() -> Any:
             if not compensated:
                 return jax.tree.map(
                     lambda m, p: m + weight * (p - m), mean, params
@@ -95,20 +95,20 @@ def average(rule: Rule, *, every: int = 1, compensated: bool = False) -> ByHand:
             return total, rest
 
         if every == 1:
-            return *taken_in(), step
-        # The step that does not average costs nothing.
-        kept = jax.lax.cond(step % every == 0, taken_in, lambda: (mean, residual))
+            return *averaged(), step
+        # With cond, a step that does not average costs nothing.
+        kept = jax.lax.cond(step % every == 0, averaged, lambda: (mean, residual))
         return *kept, step
 
     return ByHand(init, update)
 
 
 class Optimizer(NamedTuple):
-    """An optimizer by hand.
+    """A hand-written optimizer.
 
     Attributes:
-      init: of the params; returns the state.
-      step: of the params, the state and the gradients; returns new params and state.
+      init: takes params; returns the state.
+      step: takes params, state and gradients; returns new params and state.
     """
 
     init: Callable[[Any], Any]
@@ -118,7 +118,7 @@ class Optimizer(NamedTuple):
 def asgd(
     rate: float, lambd: float = 1e-4, alpha: float = 0.75, t0: float = 1e6
 ) -> Optimizer:
-    """`torch.optim.ASGD` by its formulas."""
+    """Implement `torch.optim.ASGD` from its formulas."""
 
     def init(params: Any) -> Any:
         return jax.tree.map(_copied, params), jnp.zeros([], jnp.int32)
@@ -140,5 +140,5 @@ def asgd(
 
 
 def _copied(param: Any) -> jax.Array:
-    """In float32 where it is narrower."""
+    """Copy a parameter, to float32 if it is narrower."""
     return jnp.array(param, jnp.promote_types(jnp.result_type(param), jnp.float32))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compilers of TPUs and GPUs without either: what a step would move and allocate.
+"""Compile for TPUs and GPUs without either, and count what a step moves and allocates.
 
-Needs `pip install "jax[tpu]"` or `pip install "jax[cuda12-local]"` and nothing else, no
-device, no driver and no CUDA. Programs are compiled ahead of time and never run, for a
-target named as in "v6e:16x16", a TPU's topology, or "H100:8", GPUs of one node. To be
-imported before anything has used a device.
+Needs `pip install "jax[tpu]"` or `pip install "jax[cuda12-local]"`, but no device, no
+driver and no CUDA. Programs are compiled ahead of time and never run. Targets are named
+like "v6e:16x16" (a TPU topology) or "H100:8" (GPUs of one node). Import this module
+before anything uses a device.
 """
 
 import collections
@@ -25,8 +25,8 @@ import optax
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-# Jax must not take hold of a device where there is one, and the TPU's compiler not ask
-# the cloud what machine it is on.
+# Keep jax from claiming a device, and the TPU compiler from asking the cloud which
+# machine it is on.
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
 os.environ.update(
     {
@@ -37,8 +37,8 @@ os.environ.update(
     }
 )
 
-# What the GPU's compiler is told of one, in fields of XLA's `GpuTargetConfigProto`; the
-# figures are those of NVIDIA's A100-SXM4-80GB and H100 SXM.
+# Descriptions for the GPU compiler, in fields of XLA's `GpuTargetConfigProto`, with the
+# numbers of NVIDIA's A100-SXM4-80GB and H100 SXM.
 GPUS = {
     "A100": "cuda_compute_capability { major: 8 } core_count: 108 fpus_per_core: 64"
     " clock_rate_ghz: 1.41 memory_bandwidth: 2039040000000 l2_cache_size: 41943040"
@@ -63,7 +63,7 @@ _SOFTWARE = (
 # The memory spaces of a compiled program's layouts.
 SPACES = {0: "device", 1: "vector", 5: "host"}
 
-SMALL = 256  # bytes: arrays below are not counted
+SMALL = 256  # bytes; smaller arrays are not counted
 
 COLLECTIVES = (
     "all-gather",
@@ -77,25 +77,24 @@ COLLECTIVES = (
 
 
 class Step(NamedTuple):
-    """What the compiler says of one step, per device; sizes in bytes.
+    """The compiler's account of one step, per device, with sizes in bytes.
 
     Attributes:
-      accessed: bytes accessed by the TPU compiler's own count, which takes a byte
-        that is prefetched into vector memory several times over; the GPU's has none,
-        and 0 stands for it.
-      moved: bytes read from and written to device memory, where there are branches
-        in the most expensive one.
-      moved_between: the same in the cheapest branch, as between averaged steps.
+      accessed: the TPU compiler's own count of bytes accessed, which counts a byte
+        prefetched into vector memory several times. 0 on GPUs, which have no count.
+      moved: bytes read from and written to device memory, in the most expensive
+        branch if there are several.
+      moved_between: the same in the cheapest branch, as on steps that do not average.
       host_moved: bytes read from and written to host memory, in the most expensive
         branch.
       host_moved_between: the same in the cheapest branch.
       temporary: device memory allocated besides arguments and results.
-      host_arguments: of the arguments, those in host memory.
-      peak: device memory at its fullest.
-      kernels: fused kernels, small ones apart, the most expensive branch's among them.
-      collectives: names of the collectives, sorted.
-      ptx: what those kernels are in a GPU's assembler, by their names.
-      seconds: time that the compilation took.
+      host_arguments: size of the arguments in host memory.
+      peak: peak device memory.
+      kernels: number of fused kernels in the most expensive branch, without small ones.
+      collectives: sorted names of the collectives.
+      ptx: the kernels in the GPU's assembler, by name.
+      seconds: compile time.
     """
 
     accessed: int
@@ -113,17 +112,17 @@ class Step(NamedTuple):
 
 
 def installed(platform: str) -> bool:
-    """Whether there is a compiler for "tpu" or for "gpu"."""
+    """Return whether there is a compiler for "tpu" or "gpu"."""
     modules = {"tpu": ["libtpu"], "gpu": ["jax_cuda12_plugin", "jax_cuda13_plugin"]}
     return any(map(importlib.util.find_spec, modules[platform]))
 
 
 @functools.cache
 def devices_of(target: str) -> list[jax.Device]:
-    """The devices of a target.
+    """Return the devices of a target.
 
     Raises:
-      RuntimeError: no compiler for it, or a target that it does not know.
+      RuntimeError: If there is no compiler for it, or the compiler does not know it.
     """
     name, _, count = target.partition(":")
     if name not in GPUS:
@@ -139,7 +138,7 @@ def devices_of(target: str) -> list[jax.Device]:
 
 
 def leaf(target: str, dtype: str, size: int) -> jax.ShapeDtypeStruct:
-    """A parameter sharded over all devices of a target, `size` numbers on each."""
+    """Return a parameter sharded over all devices of a target, `size` numbers each."""
     devices = np.array(devices_of(target))
     sharding = NamedSharding(Mesh(devices, ("devices",)), PartitionSpec("devices"))
     return jax.ShapeDtypeStruct((size * devices.size,), dtype, sharding=sharding)
@@ -148,12 +147,12 @@ def leaf(target: str, dtype: str, size: int) -> jax.ShapeDtypeStruct:
 def state_like(
     tx: optax.GradientTransformation, params: optax.Params, host: bool = False
 ) -> optax.OptState:
-    """The state of `tx`, each array of a parameter's shape sharded as the parameter.
+    """Return the state of `tx`, with parameter-shaped arrays sharded like parameters.
 
     Args:
       tx: a gradient transformation.
       params: pytree of `jax.ShapeDtypeStruct`s with shardings over one mesh.
-      host: whether those arrays lie in host memory.
+      host: whether the parameter-shaped arrays are in host memory.
     """
     mesh = jax.tree.leaves(params)[0].sharding.mesh
     kind = "pinned_host" if host else "device"
@@ -173,12 +172,12 @@ def state_like(
 def compile_step(
     tx: optax.GradientTransformation, params: optax.Params, state: optax.OptState
 ) -> Step:
-    """Compiles the update and its application, params and state donated.
+    """Compile an update and its application, with params and state donated.
 
     Args:
       tx: a gradient transformation.
       params: pytree of `jax.ShapeDtypeStruct`s with shardings over one mesh.
-      state: its state, as `state_like` makes it.
+      state: its state, from `state_like`.
     """
 
     def step(
@@ -196,13 +195,13 @@ def compile_update(
     state: optax.OptState,
     donate_grads: bool = False,
 ) -> Step:
-    """Compiles the update alone, the state donated and, if so told, the gradients.
+    """Compile an update alone, with the state and optionally the gradients donated.
 
     Args:
       tx: a gradient transformation.
       params: pytree of `jax.ShapeDtypeStruct`s with shardings over one mesh.
-      state: its state, as `state_like` makes it.
-      donate_grads: whether the updates may take the gradients' place.
+      state: its state, from `state_like`.
+      donate_grads: whether the updates may reuse the gradients' memory.
     """
     donated = (0, 1) if donate_grads else (1,)
     return _compile(tx.update, donated, params, state, params)
@@ -242,19 +241,18 @@ def _compile(function: Callable[..., Any], donated: Any, *arguments: Any) -> Ste
 
 
 def traffic(text: str, branch: Callable[..., Any] = max) -> collections.Counter[str]:
-    """Bytes that a compiled program reads and writes by memory space, and "kernels".
+    """Count the bytes a compiled program moves by memory space, and its "kernels".
 
-    An instruction reads its operands and writes its results, each once; of a copy
-    or a slice that runs beside the others, as much is read as written. What is small
-    is left out, counters, rates and recorded losses, and a GPU's kernels of nothing
-    else.
+    An instruction reads each operand once and writes each result once. An asynchronous
+    copy or slice reads as much as it writes. Small arrays (counters, learning rates,
+    losses) are not counted, nor are kernels of nothing else.
 
     Args:
-      text: the optimized program, as `Compiled.as_text()` gives it.
-      branch: `max` or `min`, the branch to count by its traffic.
+      text: the optimized program, from `Compiled.as_text()`.
+      branch: `max` or `min`, which selects the branch to count by its traffic.
 
     Raises:
-      ValueError: the program has a loop.
+      ValueError: If the program has a loop.
     """
     computations: dict[str, list[re.Match[str]]] = {}
     for line in text.splitlines():
@@ -281,7 +279,7 @@ def traffic(text: str, branch: Callable[..., Any] = max) -> collections.Counter[
             elif operation in ("while", "call"):
                 raise ValueError(f"cannot count the bytes of a {operation}")
             elif operation in ("copy-start", "slice-start"):
-                # Source and target, in either order; a slice's source is the whole.
+                # Source and target in either order; a slice's source is the whole.
                 (one, here), (other, there) = arrays[name][:2]
                 if (size := min(one, other)) >= SMALL:
                     moved[here] += size
@@ -298,13 +296,12 @@ def traffic(text: str, branch: Callable[..., Any] = max) -> collections.Counter[
 
 
 def contractible(ptx: str) -> list[str]:
-    """The operations of a kernel that are, or may become, fused multiply-adds.
+    """Return the operations of a kernel that are or may become fused multiply-adds.
 
-    Products and sums that do not say how they round (`.rn`) may be contracted by what
-    makes machine code of them.
+    The assembler may contract products and sums that specify no rounding (`.rn`).
 
     Args:
-      ptx: a kernel in a GPU's assembler, one of `Step.ptx`.
+      ptx: a kernel in the GPU's assembler, one of `Step.ptx`.
     """
     return [
         operation[0]
@@ -322,8 +319,8 @@ _MOVES_NOTHING = {
     "slice-done",
     "tuple",
 }
-# A computation's header, with its name; an instruction's name, its results, its
-# operation, and its operands with what follows them.
+# A computation's header with its name; an instruction's name, results, operation, and
+# the rest of the line, which starts with its operands.
 _COMPUTATION = re.compile(r"(ENTRY )?%(\S+) \(.*\{$")
 _INSTRUCTION = re.compile(
     r"  (?:ROOT )?%(\S+) = (\(.*?\)(?= [a-z])|\S+) ([\w-]+)\((.*)"
@@ -333,7 +330,7 @@ _BRANCHES = re.compile(
     r"branch_computations=\{[^}]*|true_computation=\S+ false_computation=\S+"
 )
 _ARRAY = re.compile(r"\b(?:pred|[a-z]+(\d+))\[([\d,]*)\](?:\{([^}]*)\})?")
-# Of a hundred threads or more: others are small, as above.
+# Kernels of a hundred threads or more; the others are small.
 _KERNEL = re.compile(
     r"\.entry (?P<name>\w+)\([^)]*\)\s*\.reqntid \d{3}.*?^\}", re.S | re.M
 )
@@ -341,7 +338,7 @@ _ARITHMETIC = re.compile(r"\b(add|sub|mul|fma|mad)(?:\.\w+)*\.b?f\d+(?:x2)?\b")
 
 
 def _arrays(results: str) -> list[tuple[int, str]]:
-    """The size in bytes and the memory space of each array among results."""
+    """Return the size in bytes and the memory space of each array."""
     arrays = []
     for bits, shape, layout in _ARRAY.findall(results):
         elements = math.prod(int(n) for n in shape.split(",") if n)

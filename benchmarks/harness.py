@@ -1,53 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmarks share: timing side by side, and tables with their provenance.
+"""Timing of several programs side by side.
 
-Times come from google-benchmark, the harness that jax itself uses. It repeats every
-contestant several times and, with random interleaving, in a random order, so that a
-machine that slows down slows all of them; what is quoted is the median over the
-repetitions, beside its quartiles.
+Times come from google-benchmark, which jax uses too. It repeats every contestant
+several times, in a random order over all contestants, so that a machine that slows
+down slows all of them alike. Reported are medians over the repetitions, and quartiles.
 """
 
 import contextlib
 import json
 import os
-import platform
-import shlex
 import shutil
 import statistics
 import sys
 import tempfile
 import timeit
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from benchmarks import command_line
-
-# The one style of all figures, which says what a colour means.
-STYLE = Path(__file__).parents[1] / "examples" / "style.mplstyle"
-# Of others, before there is one of ours: what it was measured under.
-LOAD = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-LIBRARIES = (
-    "jax",
-    "optax",
-    "flax",
-    "torch",
-    "scikit-learn",
-    "statsmodels",
-    "google-benchmark",
-)
+from tools import command_line
 
 
 class Contestant(NamedTuple):
-    """Something to be timed.
+    """A program to be timed.
 
     Attributes:
-      setup: makes what is timed, a function of no arguments that returns when its
-        work is done. Called anew for every repetition, so that its arrays live no
-        longer than that; not timed, nor is the first call of what it makes.
+      setup: makes the function to be timed, which takes no arguments and returns when
+        its work is done. Called once per repetition, so that its arrays live no longer
+        than that. Neither `setup` nor the first call of the function is timed.
       calls: how many calls make one repetition.
     """
 
@@ -56,7 +38,7 @@ class Contestant(NamedTuple):
 
 
 class Time(NamedTuple):
-    """Seconds a call: the median over the repetitions, and the quartiles."""
+    """Seconds per call: the median over the repetitions, and the quartiles."""
 
     median: float
     low: float
@@ -64,14 +46,14 @@ class Time(NamedTuple):
 
 
 def measure(contestants: Mapping[str, Contestant], repetitions: int) -> dict[str, Time]:
-    """The contestants' times, their two or more repetitions in a random order.
+    """Time the contestants, with two or more repetitions each, in a random order.
 
-    To be called once a process: google-benchmark does not run twice.
+    Can be called only once per process: google-benchmark does not run twice.
 
     Raises:
-      Exception: what a contestant raised.
+      Exception: If a contestant raises it.
     """
-    # Here, so that what is to be timed can be tried where it is not installed.
+    # Imported here, so that other functions work where it is not installed.
     with command_line.needs("bench"):
         import google_benchmark
 
@@ -81,7 +63,7 @@ def measure(contestants: Mapping[str, Contestant], repetitions: int) -> dict[str
         tempfile.TemporaryDirectory() as folder,
     ):
         for name, contestant in contestants.items():
-            # Real time: other threads than this one do the work.
+            # Real time, because other threads do the work.
             options = google_benchmark.option.use_real_time()(
                 google_benchmark.option.iterations(contestant.calls)(
                     _timed(contestant.setup, bar, errors)
@@ -107,7 +89,7 @@ def measure(contestants: Mapping[str, Contestant], repetitions: int) -> dict[str
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for run in runs:
         if run["run_type"] == "iteration":
-            # The name goes on with "/iterations:5/real_time".
+            # google-benchmark appends "/iterations:5/real_time" to the name.
             times[run["run_name"].rsplit("/", 2)[0]].append(1e-9 * run["real_time"])
     return {name: _quartiles(seconds) for name, seconds in times.items()}
 
@@ -115,7 +97,7 @@ def measure(contestants: Mapping[str, Contestant], repetitions: int) -> dict[str
 def _timed(
     setup: Callable[[], Callable[[], Any]], bar: Any, errors: list[Exception]
 ) -> Any:
-    """The function of google-benchmark's that times what `setup` makes."""
+    """Return the function that google-benchmark calls for each repetition."""
 
     def run(state: Any) -> None:
         # An exception must not reach the C++ that calls this.
@@ -139,7 +121,7 @@ def _quartiles(seconds: Sequence[float]) -> Time:
 
 @contextlib.contextmanager
 def _silenced() -> Iterator[None]:
-    """Without what C++ prints on standard output."""
+    """Discard what C++ prints on standard output."""
     sys.stdout.flush()
     kept = os.dup(1)
     with open(os.devnull, "w") as nowhere:
@@ -152,15 +134,15 @@ def _silenced() -> Iterator[None]:
 
 
 def choose_torch_threads(trial: Callable[[], Any]) -> dict[int, float]:
-    """Sets torch's threads to its own number or to one, whichever is faster.
+    """Set torch's number of threads to its default or to one, whichever is faster.
 
     Args:
-      trial: what is timed with each.
+      trial: the function that is timed with each.
 
     Returns:
       The seconds of a trial, by number of threads.
     """
-    # Here, since not every benchmark has torch to compare with.
+    # Imported here, because not every benchmark compares with torch.
     with command_line.needs("bench"):
         import torch
 
@@ -168,84 +150,12 @@ def choose_torch_threads(trial: Callable[[], Any]) -> dict[int, float]:
     for threads in sorted({1, torch.get_num_threads()}):
         torch.set_num_threads(threads)
         trial()
-        # The mean, not the least: threads that wait for each other cost now and then.
+        # The mean, not the minimum: threads that wait for each other cost now and then.
         seconds[threads] = timeit.timeit(trial, number=5) / 5
     torch.set_num_threads(min(seconds, key=lambda threads: seconds[threads]))
     return seconds
 
 
 def has_compiler() -> bool:
-    """Whether there is a C++ compiler, which `torch.compile` calls on the CPU."""
+    """Return whether there is a C++ compiler, which `torch.compile` needs on CPU."""
     return shutil.which(os.environ.get("CXX", "g++")) is not None
-
-
-def parser(description: str) -> command_line.Parser:
-    """The options that every benchmark has."""
-    parser = command_line.Parser(description)
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="tiny sizes, to see that it runs: the figures mean nothing",
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("out/benchmarks"),
-        help="folder for the tables and the picture (default: %(default)s)",
-    )
-    return parser
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, its columns aligned; all but the first to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        aligned = [
-            cell.ljust(width) if n == 0 else cell.rjust(width)
-            for n, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return f"| {' | '.join(aligned)} |"
-
-    rule = [
-        "-" * width if n == 0 else f"{'-' * (width - 1)}:"
-        for n, width in enumerate(widths)
-    ]
-    return "\n".join(map(line, [header, rule, *rows]))
-
-
-def report(name: str, text: str, folder: Path) -> None:
-    """Prints a benchmark's text, with where its figures come from, and saves it.
-
-    Args:
-      name: of the benchmark's module, and of the file: `folder/name.md`.
-      text: Markdown: a title, what was measured, tables.
-      folder: made if it is not there.
-    """
-    command = shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]])
-    load = "" if LOAD is None else f" Load average when it began: {LOAD:.1f}."
-    text = f"{text.strip()}\n\nBy `{command}` on {machine()}.{load}\n"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.md").write_text(text, encoding="utf-8")
-    print(text)
-
-
-def machine() -> str:
-    """The processor, its cores, and the versions of Python and the libraries."""
-    versions = []
-    for library in LIBRARIES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            version = metadata.version(library).partition("+")[0]
-            versions.append(f"{library} {version}")
-    return (
-        f"{os.cpu_count()} cores of {_processor()}, Python"
-        f" {platform.python_version()}, {', '.join(versions)}"
-    )
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):  # Linux alone has the file
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What averaging checkpoints costs beside reading them.
+"""Cost of averaging checkpoints, compared with reading them.
 
     python -m benchmarks.merge
 
-Checkpoints of a gigabyte, read one after another by Orbax alone, averaged by
-`average_checkpoints`, and merged by the command, which saves what it makes. Every run
-is a process of its own, and the ways take turns; medians, beside the quartiles. Files
-are read from the disk, since a run's old checkpoints are in nobody's page cache; with
-`--cached` from there.
+Checkpoints of a gigabyte are read one after another by Orbax alone, averaged by
+`average_checkpoints`, and merged by the command, which also saves the average. Every
+run has its own process, and the ways take turns. Reported are medians and quartiles.
+Files are read from the disk, because old checkpoints of a run are rarely in the page
+cache; `--cached` reads them from there.
 """
 
-import argparse
 import concurrent.futures
+import contextlib
 import multiprocessing
 import os
 import statistics
@@ -26,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from asgd_optax.checkpoints import __main__, average_checkpoints
-from benchmarks import command_line, harness
+from tools import command_line, report
 
 LEAVES = 128
 MIB = 2**20
@@ -34,14 +34,14 @@ Paths = Sequence[Path]
 
 
 class Run(NamedTuple):
-    """One run: seconds, and bytes of memory at its peak beyond those before it."""
+    """Seconds of a run, and bytes of peak memory beyond those before it."""
 
     seconds: float
     memory: int
 
 
 def standard(paths: Paths) -> None:
-    """Orbax alone, onto the device."""
+    """Read with Orbax onto the device."""
     import orbax.checkpoint as ocp
 
     with ocp.StandardCheckpointer() as checkpointer:
@@ -50,7 +50,7 @@ def standard(paths: Paths) -> None:
 
 
 def on_host(paths: Paths) -> None:
-    """Orbax alone, as NumPy arrays."""
+    """Read with Orbax as NumPy arrays."""
     import orbax.checkpoint as ocp
 
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
@@ -61,15 +61,18 @@ def on_host(paths: Paths) -> None:
 
 
 def average(paths: Paths) -> None:
-    """The function."""
+    """Average with the function."""
     average_checkpoints(paths)
 
 
 def command(paths: Paths) -> None:
-    """The command, but for the start of Python."""
-    coefficients = np.full(len(paths), 1 / len(paths))
-    with tempfile.TemporaryDirectory(dir=paths[0].parent) as folder:
-        __main__.average(paths, coefficients, None, Path(folder, "merged"))
+    """Average with the command, without the start of Python."""
+    run, steps = paths[0].parent, [path.name for path in paths]
+    with (
+        tempfile.TemporaryDirectory(dir=run) as folder,
+        contextlib.redirect_stdout(None),
+    ):
+        __main__.main(["average", str(run), *steps, "--output", f"{folder}/merged"])
 
 
 WAYS: dict[str, Callable[[Paths], None]] = {
@@ -81,12 +84,12 @@ WAYS: dict[str, Callable[[Paths], None]] = {
 
 
 def names() -> list[str]:
-    """Of the leaves."""
+    """Return the names of the leaves."""
     return [f"layer_{n:02d}" for n in range(LEAVES)]
 
 
 def save(path: Path, size: int) -> None:
-    """Saves a checkpoint of random float32 numbers, of so many bytes."""
+    """Save a checkpoint of random float32 numbers with so many bytes."""
     import orbax.checkpoint as ocp
 
     rng = np.random.default_rng()
@@ -97,13 +100,13 @@ def save(path: Path, size: int) -> None:
 
 
 def peak() -> int:
-    """Bytes of memory that this process has had at its peak, in Linux."""
+    """Return this process's peak memory in bytes (Linux only)."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def timed(way: str, small: Path, paths: Paths) -> Run:
-    """One run, in a process of its own, after one of a small checkpoint."""
+    """Run once, after a warm-up with a small checkpoint."""
     WAYS[way]([small])
     memory = peak()
     begun = time.perf_counter()
@@ -111,8 +114,8 @@ def timed(way: str, small: Path, paths: Paths) -> Run:
     return Run(time.perf_counter() - begun, peak() - memory)
 
 
-def let_go(folder: Path) -> None:
-    """Takes the files out of the page cache."""
+def drop_cached(folder: Path) -> None:
+    """Remove the files from the page cache."""
     os.sync()
     for file in filter(Path.is_file, folder.rglob("*")):
         with file.open("rb") as opened:
@@ -122,11 +125,11 @@ def let_go(folder: Path) -> None:
 def measure(
     folder: Path, size: int, number: int, rounds: int, *, cached: bool
 ) -> dict[str, list[Run]]:
-    """Saves the checkpoints, and runs all ways as often as there are rounds."""
-    # No process is used twice: its peak is that of one run.
+    """Save the checkpoints, and run every way once per round."""
+    # No process is used twice, so that its peak is that of one run.
     context = multiprocessing.get_context("spawn")
     runs: dict[str, list[Run]] = {way: [] for way in WAYS}
-    small, paths = folder / "small", [folder / str(n) for n in range(number)]
+    small, paths = folder / "small" / "0", [folder / str(n) for n in range(number)]
     with (
         concurrent.futures.ProcessPoolExecutor(
             1, mp_context=context, max_tasks_per_child=1
@@ -138,11 +141,11 @@ def measure(
             pool.submit(save, path, size).result()
             bar.update()
         for n in range(rounds):
-            # Each begins a round in its turn.
+            # Each way goes first in its turn.
             ways = [*WAYS][n % len(WAYS) :] + [*WAYS][: n % len(WAYS)]
             for way in ways:
                 if not cached:
-                    let_go(folder)
+                    drop_cached(folder)
                 runs[way].append(pool.submit(timed, way, small, paths).result())
                 bar.update()
     return runs
@@ -151,10 +154,10 @@ def measure(
 def describe(
     runs: dict[str, list[Run]], size: int, number: int, *, cached: bool = False
 ) -> str:
-    """The title, what was measured, and the table."""
+    """Format the title, what was measured, and the table."""
     header = ["", "seconds", "quartiles", "GiB/s", "of Orbax", "peak memory"]
     rows = []
-    # The faster of the two in each round: whichever way it reads, no slower.
+    # The faster of Orbax's two ways in each round.
     alone = [
         min(rounds, key=lambda run: run.seconds).seconds
         for rounds in zip(*[*runs.values()][:2], strict=True)
@@ -179,44 +182,43 @@ def describe(
 
 {number} checkpoints of {size / MIB:,.0f} MiB, {LEAVES} float32 leaves each, saved by
 `StandardCheckpointer`, read from the {where}; {len(seconds)} rounds, in each of which
-every way has its turn, in a process of its own. *Of Orbax*: the speed over that of the
-faster of its two ways in the same round, the median over the rounds. *Peak memory* is
-beyond what the process had before, in sizes of a checkpoint.
+every way runs once, in its own process. *Of Orbax*: the speed relative to the faster of
+Orbax's two ways in the same round, median over the rounds. *Peak memory*: beyond what
+the process had before, in sizes of a checkpoint.
 
-{harness.table(header, rows)}"""
+{report.table(header, rows)}"""
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, list[Run]]:
-    """Measures, and prints the table."""
-    parser = harness.parser("What averaging checkpoints costs beside reading them.")
+    """Measure, and print the table."""
+    parser = command_line.report_parser("Cost of averaging checkpoints.")
     parser.add_argument(
         "--size",
-        type=command_line.count,
+        type=command_line.whole_number(),
         default=1024,
         help="MiB of a checkpoint (default: %(default)s)",
     )
     parser.add_argument(
         "--checkpoints",
-        type=command_line.count,
+        type=command_line.whole_number(),
         default=5,
-        help="how many (default: %(default)s)",
+        help="number of checkpoints (default: %(default)s)",
     )
     parser.add_argument(
         "--rounds",
-        type=command_line.number(int, lambda n: 2 <= n <= 1000, "from 2 to 1000"),
+        type=command_line.whole_number(2, 1000),
         default=5,
-        help="how often each is measured (default: %(default)s)",
+        help="runs of each way (default: %(default)s)",
     )
     parser.add_argument(
         "--folder",
-        type=_folder,
-        help="where to put the checkpoints, for the time it takes (default: the"
-        " system's for temporary files)",
+        type=Path,
+        help="where to put the checkpoints (default: the system's temporary folder)",
     )
     parser.add_argument(
         "--cached",
         action="store_true",
-        help="read what is in the page cache, as just after it was saved",
+        help="read from the page cache, as just after saving",
     )
     options = parser.parse_args(argv)
     size, rounds = (4, 2) if options.quick else (options.size, options.rounds)
@@ -229,14 +231,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Run]]:
             cached=options.cached,
         )
     text = describe(runs, size * MIB, options.checkpoints, cached=options.cached)
-    harness.report("merge", text, options.output)
+    report.write("benchmarks.merge", text, options.output)
     return runs
-
-
-def _folder(text: str) -> Path:
-    if not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {text!r}")
-    return Path(text)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes that a compiled step moves on TPUs and GPUs, by their compilers.
+"""Bytes that a compiled step moves on TPUs and GPUs, according to their compilers.
 
     python -m benchmarks.step_bytes
 
-Needs `pip install "jax[tpu]"` or `pip install "jax[cuda12-local]"`, in an environment
-of its own, and neither a TPU nor a GPU: the step is compiled ahead of time for each
-target and is not run. The first table has one leaf of half a gigabyte a device; the
-second the same with `update` compiled alone; the third, for TPUs, 32 leaves of 64 MiB,
-their average in host memory.
+Needs `pip install "jax[tpu]"` or `pip install "jax[cuda12-local]"`, in a separate
+environment, but neither a TPU nor a GPU: the step is compiled ahead of time for each
+target and never run. The first table has one leaf of half a gigabyte per device; the
+second has the same with `update` compiled alone; the third, for TPUs, has 32 leaves of
+64 MiB with their average in host memory.
 """
 
 from collections.abc import Sequence
@@ -21,14 +21,15 @@ from asgd_optax import (
     running_random_scaling,
     track_iterates,
 )
-from benchmarks import command_line, compilers
+from benchmarks import compilers
+from tools import command_line
 
 TARGETS = {
     "tpu": ("v4:2x2x1", "v5e:2x4", "v5p:2x2x1", "v6e:2x2"),
     "gpu": ("A100:1", "H100:8"),
 }
 DTYPES = ("float32", "bfloat16")
-SIZE = 2**27  # parameters a device
+SIZE = 2**27  # parameters per device
 
 SGD = optax.sgd(0.1)
 EVERY = optax.chain(SGD, average_iterates(every=10))
@@ -42,9 +43,7 @@ TRANSFORMATIONS = {
         SGD, average_iterates(compensated=True)
     ),
     "sgd, average_iterates, every=10": EVERY,
-    "sgd, track_random_scaling": optax.chain(
-        SGD, track_iterates(running_random_scaling())
-    ),
+    "sgd, random scaling": optax.chain(SGD, track_iterates(running_random_scaling())),
 }
 ALONE = {
     "asgd": asgd(),
@@ -59,7 +58,7 @@ LEAVES = 32
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints the tables, for the compilers that there are."""
+    """Print the tables for the installed compilers."""
     command_line.Parser("Bytes that a step moves on TPUs and GPUs.").parse_args(argv)
     targets = [
         target
@@ -69,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     if not targets:
         raise SystemExit(
-            "There is no compiler: pip install 'jax[tpu]' or 'jax[cuda12-local]'"
+            "no compiler found: pip install 'jax[tpu]' or 'jax[cuda12-local]'"
         )
     print(
         "| target | params | transformation | bytes | between | temporary | kernels |"
@@ -105,8 +104,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     size = SIZE // 8
     print(
-        "\n| target | average on the host | its MiB | staged on the device | fetched"
-        " and put away | between |"
+        "\n| target | average on the host | its MiB | staged on the device | moved to"
+        " and from the host | between |"
     )
     print("| --- | --- | --- | --- | --- | --- |")
     for target in TARGETS["tpu"]:

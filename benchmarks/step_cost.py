@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What averaging adds to an optimizer's step, beside optax's and PyTorch's own.
+"""Cost of averaging per optimizer step, compared with optax and PyTorch.
 
-    python -m benchmarks.step_cost --output out/benchmarks
+    python -m benchmarks.step_cost
 
-One optimizer step alone: no model, float32, the same gradients every time. The trees
-are one leaf, the shapes of GPT-2 small, and 1,000 small leaves. In JAX a step is
-compiled and its parameters and state are donated. PyTorch's steps are those of its
-documentation, on its default number of threads; ASGD is compiled as well, where there
+Times one optimizer step without a model, in float32 and with constant gradients. The
+trees are one leaf, the shapes of GPT-2 small, and 1,000 small leaves. In JAX, steps are
+compiled and donate parameters and state. PyTorch's steps are those of its
+documentation, with its default number of threads. Its ASGD is also compiled, if there
 is a C++ compiler.
 
-All steps are timed in one run in a random order (`benchmarks.harness`), and among them
-an array negated in place, which tells how fast memory is read and written. The
-compilers are timed before that: JAX's from three compilations of each step, in
-rotation and with its caches cleared, PyTorch's from one.
+All steps are timed in one run in a random order (`benchmarks.harness`). An array that
+is negated in place, timed in the same run, shows how fast memory is read and written.
+Compile times come first: JAX's from three compilations of each step, in rotation and
+with its caches cleared, PyTorch's from one.
 """
 
 import gc
@@ -32,7 +32,8 @@ from matplotlib.patches import Patch
 from tqdm import tqdm
 
 from asgd_optax import asgd, average_iterates
-from benchmarks import by_hand, command_line, harness
+from benchmarks import by_hand, harness
+from tools import command_line, report
 
 with command_line.needs("bench"):
     import torch
@@ -44,7 +45,7 @@ HAND, OURS = ", by hand", ", average_iterates"
 BY_HAND = "optax, or by hand"
 COMPILED = "torch ASGD, compiled"
 COPIES = ("copy in JAX", "copy in torch")
-# Few, so that a leaf of any size is soon filled with repeats of them.
+# Leaves are filled with repeats of these, which is fast at any size.
 NORMALS = np.random.default_rng(0).standard_normal(4096, np.float32)
 ON_GPU = jax.default_backend() == "gpu"
 SAME_DEVICE = torch.cuda.is_available() or not ON_GPU
@@ -55,13 +56,13 @@ Shape = tuple[int, ...]
 
 
 class Tree(NamedTuple):
-    """The shapes of some parameters.
+    """The shapes of a parameter tree.
 
     Attributes:
-      title: what they are.
-      shapes: one a leaf.
+      title: its name in the report.
+      shapes: one per leaf.
       calls: how many steps make one repetition.
-      torch_compiles: whether torch.compile does so in reasonable time.
+      torch_compiles: whether torch.compile finishes in reasonable time.
     """
 
     title: str
@@ -77,16 +78,16 @@ class Tree(NamedTuple):
 class Method(NamedTuple):
     """An optimizer in JAX, as pure functions."""
 
-    init: Callable[[Any], Any]  # of params; returns the state
-    step: Callable[[Any, Any, Any], tuple[Any, Any]]  # of params, state, gradients
+    init: Callable[[Any], Any]  # takes params
+    step: Callable[[Any, Any, Any], tuple[Any, Any]]  # takes params, state, gradients
 
 
 class Compiled(NamedTuple):
-    """A compiled step, the seconds it took to make it, and XLA's count of bytes."""
+    """A compiled step, its compile time, and XLA's count of bytes."""
 
     step: Callable[..., Any]
-    seconds: Sequence[float]  # to trace and to compile; one number for both in torch
-    bytes: float | None = None  # a parameter
+    seconds: Sequence[float]  # to trace and to compile; in torch, one number for both
+    bytes: float | None = None  # per parameter
 
 
 def of_optax(tx: optax.GradientTransformation) -> Method:
@@ -98,7 +99,7 @@ def of_optax(tx: optax.GradientTransformation) -> Method:
 
 
 def sgd_and(average: by_hand.ByHand) -> Method:
-    """An average written by hand, beside the optimizer in the same jit."""
+    """Add a hand-written average to SGD."""
     sgd = of_optax(optax.sgd(RATE))
 
     def init(params: Any) -> Any:
@@ -113,7 +114,7 @@ def sgd_and(average: by_hand.ByHand) -> Method:
 
 
 def torch_params(tree: Tree) -> torch.nn.ParameterList:
-    """Parameters that have their gradients, as a module."""
+    """Return parameters with their gradients, as a module."""
     params = torch.nn.ParameterList(
         torch.tensor(leaf, device=DEVICE) for leaf in normals(tree)
     )
@@ -143,7 +144,7 @@ def torch_asgd(tree: Tree, **options: Any) -> Call:
 
 
 def in_jax() -> dict[str, Method]:
-    """Each of this library's comes behind the same by hand."""
+    """Return the rows of JAX; each of ours comes after the same written by hand."""
     sgd, rules = optax.sgd(RATE), by_hand.RULES
     uniform = rules["uniform"]
     rows = {BASE: of_optax(sgd)}
@@ -171,15 +172,15 @@ IN_TORCH: dict[str, Callable[[Tree], Call]] = {
     "torch ASGD, for-loop": partial(torch_asgd, foreach=False),
     "torch ASGD, foreach": partial(torch_asgd, foreach=True),
 }
-# Bytes a parameter, 20 where nothing is said: parameters and gradients make 12, and an
-# average, a moment or a residual 8 each.
+# Bytes per parameter, 20 if not listed: parameters and gradients take 12, and each
+# average, moment or residual takes 8.
 LEAST = {BASE: 12, "torch SGD": 12} | dict.fromkeys(
     ["asgd, compensated", f"compensated{HAND}", f"compensated{OURS}", "optax.adam"], 28
 )
 
 
 def gpt2(width: int, layers: int, vocabulary: int, positions: int) -> list[Shape]:
-    """The shapes of a GPT-2's parameters."""
+    """Return the shapes of GPT-2's parameters."""
     norm: list[Shape] = [(width,), (width,)]
     attention: list[Shape] = [
         (width, 3 * width),
@@ -207,14 +208,14 @@ def trees(quick: bool) -> list[Tree]:
 
 
 def normals(tree: Tree) -> Iterator[np.ndarray]:
-    """The leaves, standard normal: no step makes subnormal numbers of them."""
+    """Return standard normal leaves, which no step turns into subnormal numbers."""
     return (np.resize(NORMALS, shape) for shape in tree.shapes)
 
 
 def compile_jax(
     methods: Mapping[str, Method], tree: Tree, rotations: int
 ) -> dict[str, Compiled]:
-    """All steps compiled for a tree so many times, in rotation, no cache kept."""
+    """Compile all steps for a tree several times, in rotation and without caches."""
     params = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in tree.shapes]
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in methods}
     steps = {}
@@ -222,7 +223,7 @@ def compile_jax(
         for name, method in methods.items():
             state = jax.eval_shape(method.init, params)
             jax.clear_caches()
-            gc.collect()  # or it is counted in the next one's time
+            gc.collect()  # or the next compilation pays for it
             began = time.perf_counter()
             jitted = jax.jit(method.step, donate_argnums=(0, 1))
             lowered = jitted.lower(params, state, params)
@@ -242,9 +243,9 @@ def compile_jax(
 
 
 def compile_torch(tree: Tree) -> Compiled:
-    """ASGD as PyTorch's tutorial on compiled optimizers has it.
+    """Compile ASGD as in PyTorch's tutorial on compiled optimizers.
 
-    Capturable, so that the step's count, which decides on the average, stays a tensor.
+    It is capturable, so that the step's count, which selects the average, is a tensor.
     """
     asgd_step = torch_asgd(tree, foreach=True, capturable=True)
     step = waiting(torch.compile(lambda: asgd_step()))
@@ -257,7 +258,7 @@ def compile_torch(tree: Tree) -> Compiled:
 
 
 def waiting(step: Call) -> Call:
-    """The step, and on a GPU the wait for it."""
+    """Make the step wait for the GPU, if there is one."""
 
     def call() -> None:
         step()
@@ -270,7 +271,7 @@ def waiting(step: Call) -> Call:
 def contestants(
     tree: Tree, compiled: Mapping[str, Compiled]
 ) -> dict[str, harness.Contestant]:
-    """All that is timed on a tree."""
+    """Return everything that is timed on a tree."""
 
     def jax_step(name: str) -> Call:
         params, grads = ([jnp.array(leaf) for leaf in normals(tree)] for _ in range(2))
@@ -284,7 +285,7 @@ def contestants(
 
     def torch_step(name: str) -> Call:
         step = waiting(IN_TORCH[name](tree))
-        # ASGD's first two steps copy the iterate; the harness makes the second.
+        # ASGD's first two steps copy the parameters; the harness makes the second.
         step()
         return step
 
@@ -309,7 +310,7 @@ def contestants(
         setups |= {name: partial(torch_step, name) for name in IN_TORCH}
         setups[COPIES[1]] = torch_copy
     if COMPILED in compiled:
-        # It keeps its arrays for the whole run: for others it would compile anew.
+        # It keeps its arrays for the whole run, because other arrays recompile it.
         setups[COMPILED] = lambda: compiled[COMPILED].step
     return {
         name: harness.Contestant(setup, tree.calls) for name, setup in setups.items()
@@ -319,7 +320,7 @@ def contestants(
 def section(
     tree: Tree, times: Mapping[str, harness.Time], compiled: Mapping[str, Compiled]
 ) -> str:
-    """The table of a tree, and the bandwidth it refers to."""
+    """Format the table of a tree, and the bandwidth it refers to."""
     copies = {name: times[name].median for name in COPIES if name in times}
 
     def row(name: str) -> list[str]:
@@ -332,7 +333,7 @@ def section(
             f"{step.median / same.median:.2f}" if same else "-",
             f"{least}",
             f"{made.bytes:.1f}" if made and made.bytes else "-",
-            # The copy moves three arrays at 8 bytes an element.
+            # The copy moves three arrays at 8 bytes per element.
             f"{100 * least / 24 * min(copies.values()) / step.median:.0f}",
         ]
         if made is None:
@@ -343,7 +344,7 @@ def section(
 
     header = [tree.title, "step (ms)", "ratio", "by hand", "least bytes", "XLA's bytes"]
     header += ["bandwidth (%)", "compile (s)", "ratio"]
-    table = harness.table(header, [row(name) for name in times if name not in copies])
+    table = report.table(header, [row(name) for name in times if name not in copies])
     speeds = [f"{24e-9 * tree.size / s:.1f} ({name})" for name, s in copies.items()]
     return (
         f"{table}\n\n{tree.size:,} parameters, leaves: {len(tree.shapes):,}."
@@ -352,21 +353,21 @@ def section(
 
 
 PAGE = """\
-# What averaging adds to an optimizer's step
+# Cost of averaging per optimizer step
 
 One step alone, float32, gradients fixed. JAX on {jax_device}, torch on \
 {torch_device}. Medians [quartiles] of {repetitions} repetitions.
 
-- *ratio*: to `{base}`; *by hand*: to the same rule as a `tree_map` behind
-  `apply_updates` (`by_hand.py`). The rows of averages are of `{base}` too.
-- *least bytes*: a parameter, each array read once and, if it changes, written once.
-  *XLA's bytes*: what XLA counts in the step that it compiled.
-- *bandwidth*: least bytes over time, in percent of the faster copy's in the same run:
-  an array as large as three of the tree's, negated in place. A step that reads more
-  than it writes may exceed it.
-- *compile*: to trace and lower + to compile, medians of {rotations}. Torch: all
-  in one, the first call less a later one.
-- *AveragedModel*: as it is by default, and with `get_ema_multi_avg_fn`.
+- *ratio*: over `{base}`; *by hand*: over the same rule as a `tree_map` after
+  `apply_updates` (`by_hand.py`). The rows of averages use `{base}` too.
+- *least bytes*: per parameter, if each array is read once and, if it changes, written
+  once. *XLA's bytes*: XLA's count for the compiled step.
+- *bandwidth*: least bytes over time, in percent of the faster copy in the same run (an
+  array as large as three of the tree's, negated in place). A step that reads more than
+  it writes may exceed 100 %.
+- *compile*: to trace and lower + to compile, medians of {rotations}. For torch, the
+  first call minus a later one.
+- *AveragedModel*: with its defaults, and with `get_ema_multi_avg_fn`.
 - *torch ASGD, compiled*: `torch.compile` of the step with `foreach` and `capturable`.
   {left_out}
 
@@ -375,9 +376,9 @@ One step alone, float32, gradients fixed. JAX on {jax_device}, torch on \
 
 
 def draw(times: Mapping[str, Mapping[str, harness.Time]], output: Path) -> None:
-    """Draws the steps' times over that of `BASE`, a panel for each tree."""
+    """Draw the steps' times relative to `BASE`, a panel for each tree."""
     names = [name for name in next(iter(times.values())) if name not in COPIES]
-    plt.style.use(harness.STYLE)
+    plt.style.use(report.STYLE)
     colors = {"this library": "C1", BY_HAND: "C2", "PyTorch": "C3"}
 
     def source(name: str) -> str:
@@ -417,7 +418,7 @@ def draw(times: Mapping[str, Mapping[str, harness.Time]], output: Path) -> None:
 def left_out(
     tried: Sequence[Tree], compiled: Mapping[str, Mapping[str, Compiled]]
 ) -> str:
-    """What torch.compile would take where it was not run, going by where it was."""
+    """Extrapolate the time of torch.compile for the trees where it was not run."""
     done = [tree for tree in tried if COMPILED in compiled[tree.title]]
     if not done:
         return "Not run."
@@ -432,16 +433,16 @@ def left_out(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Compiles, times, and writes the tables and the picture."""
-    parser = harness.parser("What averaging adds to an optimizer's step.")
+    """Compile, time, and write the tables and the picture."""
+    parser = command_line.report_parser("Cost of averaging per optimizer step.")
     options = parser.parse_args(argv)
     rotations, repetitions = (1, 2) if options.quick else (3, 7)
     tried = trees(options.quick)
     torch_compiles = SAME_DEVICE and harness.has_compiler()
     if torch_compiles:
-        # Or PyTorch would find on disk what an earlier run compiled.
+        # Or PyTorch would reuse what an earlier run compiled.
         torch.compiler.config.force_disable_caches = True
-        # Its compiler has things to set up when it is first used.
+        # The first use sets the compiler up, which is not to be timed.
         compile_torch(Tree("", [(1,)], calls=1))
     compiled, timed = {}, {}
     for tree in tqdm(tried, desc="compiling", unit="tree"):
@@ -472,7 +473,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             section(tree, times[tree.title], compiled[tree.title]) for tree in tried
         ),
     )
-    harness.report("step_cost", text, options.output)
+    report.write("benchmarks.step_cost", text, options.output)
     draw(times, options.output / "step_cost.png")
 
 

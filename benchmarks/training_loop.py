@@ -1,21 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training step costs, all of it: forward, backward, update and average.
+"""Cost of a whole training step: forward, backward, update and average.
 
     python -m benchmarks.training_loop
 
-The network of examples/digits.py (64-64-10, relu, cross-entropy) learns from the same
-minibatches of 32, drawn beforehand, from the same initial weights, in float32. JAX
-takes its steps in one `jax.lax.scan` over a block of batches, and in a Python loop that
-calls a jitted step, which donates its state, once a batch; both get NumPy arrays, as a
-data loader makes them, and wait for the last result of the block alone. Torch's loop is
-the usual one and gets tensors made beforehand; it has the better number of threads of
-two, its default and one, by a short trial in the same run. Its compiled row follows
-PyTorch's recipe "Compiling the optimizer with torch.compile"; the network is left eager
-there. It is left out by `--quick` and where there is no C++ compiler.
+The network of examples/digits.py (64-64-10, relu, cross-entropy) learns in float32 from
+the same initial weights and the same minibatches of 32, which are drawn beforehand.
 
-Before anything is timed, every row of torch has to come to the weights and averages of
-its counterpart in JAX. The rows' repetitions are timed in a random order, so that what
-slows the machine down slows all of them; quoted are medians and quartiles.
+JAX runs in two forms: one `jax.lax.scan` over a block of batches, and a Python loop
+that calls a jitted step with donated state for each batch. Both get NumPy arrays, as
+from a data loader, and wait only for the last result of a block.
+
+Torch runs its usual loop on tensors made beforehand. A short trial chooses between its
+default number of threads and one. Its compiled row follows PyTorch's recipe "Compiling
+the optimizer with torch.compile", with an eager network; `--quick` leaves it out, and
+so does a machine without a C++ compiler.
+
+Before anything is timed, every row of torch must reach the weights and averages of its
+counterpart in JAX. Repetitions of all rows are timed in a random order, so that what
+slows the machine down slows all of them. Reported are medians and quartiles.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,8 +34,9 @@ import optax
 from matplotlib.patches import Patch
 
 from asgd_optax import asgd, average_iterates, averaged_params
-from benchmarks import by_hand, command_line, harness
+from benchmarks import by_hand, harness
 from examples import digits
+from tools import command_line, report
 
 with command_line.needs("bench"):
     import torch
@@ -53,11 +56,11 @@ torch_asgd = partial(torch.optim.ASGD, lr=RATE, lambd=0.0, t0=0)
 
 Batches = Sequence[digits.Data]
 Params = dict[str, np.ndarray]
-OptimizerOf = Callable[[Any], torch.optim.Optimizer]  # of the parameters
+OptimizerOf = Callable[[Any], torch.optim.Optimizer]  # takes the parameters
 
 
 class Sizes(NamedTuple):
-    """Steps in a block, blocks in a repetition of each form, and repetitions."""
+    """Steps per block, blocks per repetition in each form, and repetitions."""
 
     steps: int
     scan_calls: int
@@ -73,7 +76,7 @@ QUICK = Sizes(steps=10, scan_calls=1, loop_calls=1, torch_calls=1, repetitions=2
 class Recipe(NamedTuple):
     """A training in JAX: params -> carry, and (carry, batch) -> carry.
 
-    The carry begins with the parameters and the optimizer's state.
+    The first two parts of the carry are the parameters and the optimizer's state.
     """
 
     init: Callable[[Params], Any]
@@ -81,7 +84,7 @@ class Recipe(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Microseconds a step; torch has no scan."""
+    """Microseconds per step; torch has no scan."""
 
     scan: harness.Time | None
     loop: harness.Time
@@ -92,8 +95,8 @@ class TorchTraining(NamedTuple):
 
     Attributes:
       counterpart: the recipe in JAX that does the same work.
-      run: trains on all the batches, from where it stands.
-      results: the weights, and their averages, empty where it keeps none.
+      run: continues training on all the batches.
+      results: the weights, and their averages (empty if it keeps none).
     """
 
     counterpart: str
@@ -102,7 +105,7 @@ class TorchTraining(NamedTuple):
 
 
 def draw_batches(steps: int) -> list[digits.Data]:
-    """The demo's minibatches; JAX takes 32-bit labels, torch makes them 64-bit."""
+    """Draw minibatches of the digits, with 32-bit labels (torch makes them 64-bit)."""
     training, _, _ = digits.load_splits()
     stream = digits.minibatches(training, size=32, noise=0.2, seed=0)
     return [
@@ -112,7 +115,7 @@ def draw_batches(steps: int) -> list[digits.Data]:
 
 
 def draw_params() -> Params:
-    """Weights for relu as He et al. draw them; biases of zero."""
+    """Draw weights for relu (He et al.), with biases of zero."""
     rng = np.random.default_rng(0)
     params = {}
     for name, rows, columns in (
@@ -133,10 +136,10 @@ def loss(params: Params, batch: digits.Data) -> jax.Array:
 
 
 def train_with(tx: optax.GradientTransformation) -> Recipe:
-    """The usual training step."""
+    """Return the usual training step."""
 
     def init(params: Params) -> Any:
-        # Copies, since the steps donate what they carry.
+        # Copy, because the steps donate their carry.
         params = jax.tree.map(jnp.array, params)
         return params, tx.init(params)
 
@@ -150,7 +153,7 @@ def train_with(tx: optax.GradientTransformation) -> Recipe:
 
 
 def with_average(recipe: Recipe, average: by_hand.ByHand) -> Recipe:
-    """The same, and beside it an average of the parameters by hand."""
+    """Add a hand-written average of the parameters."""
 
     def init(params: Params) -> Any:
         return *recipe.init(params), average.init(params)
@@ -164,7 +167,7 @@ def with_average(recipe: Recipe, average: by_hand.ByHand) -> Recipe:
 
 
 def train_by_hand(optimizer: by_hand.Optimizer) -> Recipe:
-    """The training step of an optimizer that is not optax's."""
+    """Return the training step of a hand-written optimizer."""
 
     def init(params: Params) -> Any:
         params = jax.tree.map(jnp.array, params)
@@ -178,7 +181,7 @@ def train_by_hand(optimizer: by_hand.Optimizer) -> Recipe:
 
 
 def recipes() -> dict[str, Recipe]:
-    """Each of this library's comes behind the same by hand."""
+    """Return the rows of JAX; each of ours comes after the same written by hand."""
     sgd = optax.sgd(RATE)
     rows = {BASE: train_with(sgd), "optax.adam": train_with(optax.adam(1e-3))}
     for name, rule in by_hand.RULES.items():
@@ -191,7 +194,7 @@ def recipes() -> dict[str, Recipe]:
 
 
 def scanned(recipe: Recipe, batches: Batches) -> Callable[[Any], Any]:
-    """Takes a carry through all the batches in one call."""
+    """Return a function that trains on all the batches in one call."""
 
     def body(carry: Any, batch: digits.Data) -> Any:
         return recipe.step(carry, batch), None
@@ -205,7 +208,7 @@ def scanned(recipe: Recipe, batches: Batches) -> Callable[[Any], Any]:
 
 
 def looped(recipe: Recipe, batches: Batches) -> Callable[[Any], Any]:
-    """Takes a carry through all the batches, a call a batch."""
+    """Return a function that trains on all the batches, one call per batch."""
     compiled = jax.jit(recipe.step, donate_argnums=0)
 
     def advance(carry: Any) -> Any:
@@ -219,7 +222,7 @@ def looped(recipe: Recipe, batches: Batches) -> Callable[[Any], Any]:
 def jax_contestant(
     init: Callable[[], Any], advance: Callable[[Any], Any], calls: int
 ) -> harness.Contestant:
-    """Every repetition trains from the start."""
+    """Return a contestant that trains from the start in every repetition."""
 
     def setup() -> Callable[[], None]:
         carry = init()
@@ -242,7 +245,7 @@ def torch_training(
     averaged: bool = False,
     compiled: bool = False,
 ) -> TorchTraining:
-    """The same network from the same weights, and the usual loop."""
+    """Return the usual loop of torch, with the same network and initial weights."""
     tensors = [
         (torch.from_numpy(images), torch.from_numpy(labels).long())
         for images, labels in batches
@@ -283,12 +286,12 @@ def torch_training(
 
 
 def as_params(tensors: dict[str, torch.Tensor]) -> Params:
-    """In JAX's layout."""
+    """Convert tensors to the layout of JAX."""
     return {name: tensor.detach().numpy().T for name, tensor in tensors.items()}
 
 
 def torch_contestant(training: TorchTraining, calls: int) -> harness.Contestant:
-    """Goes on training: torch.compile would compile anew for new weights."""
+    """Return a contestant that continues training: new weights would recompile."""
     return harness.Contestant(lambda: training.run, calls)
 
 
@@ -308,7 +311,7 @@ def torch_trainings(
         f"{TORCH_ASGD}, foreach": make("asgd", partial(torch_asgd, foreach=True)),
     }
     if compiled:
-        # Capturable, so that the step's count stays a tensor.
+        # Capturable, so that the step's count is a tensor.
         form = partial(torch_asgd, foreach=True, capturable=True)
         trainings[f"{TORCH_ASGD}, compiled step"] = make("asgd", form, compiled=True)
     return trainings
@@ -317,10 +320,10 @@ def torch_trainings(
 def check_same_work(
     trainings: dict[str, TorchTraining], carries: dict[str, Any]
 ) -> float:
-    """Trains a block in torch; the largest difference from what JAX came to.
+    """Train a block in torch and return the largest difference from JAX.
 
     Raises:
-      RuntimeError: they end at other weights or averages.
+      RuntimeError: If they reach different weights or averages.
     """
     largest = 0.0
     for name, training in trainings.items():
@@ -343,7 +346,7 @@ def check_same_work(
 
 
 def choose_threads(params: Params, batches: Batches) -> str:
-    """Sets torch's number of threads to the faster; says what a step took."""
+    """Set torch's faster number of threads, and describe the trial."""
     training = torch_training("asgd", torch_asgd, params, batches)
     seconds = harness.choose_torch_threads(training.run)
     tried = ", ".join(
@@ -356,7 +359,7 @@ def choose_threads(params: Params, batches: Batches) -> str:
 def measure(
     params: Params, batches: Batches, trainings: dict[str, TorchTraining], sizes: Sizes
 ) -> tuple[dict[str, Row], float]:
-    """The rows, and the largest difference between torch and JAX."""
+    """Return the rows, and the largest difference between torch and JAX."""
     contestants, carries = {}, {}
     for name, recipe in recipes().items():
         init = partial(recipe.init, params)
@@ -379,7 +382,7 @@ def measure(
 
 
 def format_rows(rows: dict[str, Row]) -> str:
-    """The table: every row against SGD in its own form, by hand and torch's ASGD."""
+    """Format the table: ratios to SGD, to the same by hand, and to torch's ASGD."""
 
     def spread(time: harness.Time | None) -> str:
         if time is None:
@@ -420,7 +423,7 @@ def format_rows(rows: dict[str, Row]) -> str:
         f"{TORCH_ASGD} / scan",
         f"{TORCH_ASGD} / loop",
     ]
-    return harness.table(header, lines)
+    return report.table(header, lines)
 
 
 def format_page(
@@ -430,30 +433,30 @@ def format_page(
     fastest = min(peers, key=lambda name: peers[name].median)
     scan, loop = (peers[fastest].median / time.median for time in rows["asgd"] if time)
     return f"""\
-# What a training step costs
+# Cost of a training step
 
-Microseconds a step, all of it: forward, backward, update and average, of a 64-64-10
-network on minibatches of 32 in float32, on the CPU. Medians (and quartiles) over
+Microseconds per step (forward, backward, update and average) of a 64-64-10 network on
+minibatches of 32 in float32, on the CPU. Medians (and quartiles) over
 {sizes.repetitions} repetitions of blocks of {sizes.steps} steps. *scan*: a block is one
-`jax.lax.scan`; *loop*: it is a Python loop that calls a step once a batch.
+`jax.lax.scan`; *loop*: a Python loop that calls a jitted step for each batch.
 
 {format_rows(rows)}
 
-- *by hand*: the same rule as a `tree_map` behind `apply_updates` (`by_hand.py`); the
-  EMA has a decay of {by_hand.DECAY}. The rows of averages are of `{BASE}` too.
-- *SGD* is `{BASE}` for the rows of JAX, `{TORCH_BASE}` for those of torch;
-  *{TORCH_ASGD}* is `torch.optim.ASGD` in its default form, the row of that name.
-- Against the fastest of torch's forms of ASGD, *{fastest}*, `asgd` is {scan:.1f} times
+- *by hand*: the same rule as a `tree_map` after `apply_updates` (`by_hand.py`); the EMA
+  has decay {by_hand.DECAY}. The rows of averages use `{BASE}` too.
+- *SGD* is `{BASE}` for the rows of JAX and `{TORCH_BASE}` for those of torch.
+  *{TORCH_ASGD}* is `torch.optim.ASGD` with its defaults, the row of that name.
+- Compared with torch's fastest form of ASGD, *{fastest}*, `asgd` is {scan:.1f} times
   as fast in the scan and {loop:.1f} times in the loop.
 - Threads of torch: {threads}.
-- The same work: after {sizes.steps} steps, weights and averages of torch and of JAX
-  differ by at most {largest:.0e} of the largest in the array.
+- The work is the same: after {sizes.steps} steps, weights and averages of torch and JAX
+  differ by at most {largest:.0e} of the largest element in the array.
 """
 
 
 def draw(rows: dict[str, Row], output: Path) -> None:
-    """A bar for every time, from zero, with its quartiles."""
-    plt.style.use(harness.STYLE)
+    """Draw a bar for every time, with its quartiles."""
+    plt.style.use(report.STYLE)
     figure, axes = plt.subplots(figsize=(7, 0.36 * len(rows) + 0.6))
 
     def bar(y: float, height: float, color: str, alpha: float, time: Any) -> None:
@@ -479,8 +482,8 @@ def draw(rows: dict[str, Row], output: Path) -> None:
     axes.set_yticks(range(len(rows)), rows)
     axes.invert_yaxis()
     axes.set(
-        title="One training step, all of it, on the CPU",
-        xlabel="time a step (µs): median and quartiles",
+        title="One whole training step on the CPU",
+        xlabel="time per step (µs): median and quartiles",
     )
     axes.grid(visible=False, axis="y")
     axes.set_axisbelow(True)
@@ -488,16 +491,17 @@ def draw(rows: dict[str, Row], output: Path) -> None:
     sources = {"this library": "C1", "optax, or by hand": "C2", "torch": "C3"}
     handles = [Patch(color=color, label=label) for label, color in sources.items()]
     handles.append(Patch(color="0.3", label="all steps in one scan"))
-    handles.append(Patch(color="0.3", alpha=0.5, label="a call a step"))
+    handles.append(Patch(color="0.3", alpha=0.5, label="one call per step"))
     axes.legend(handles=handles, loc="upper right")
     figure.savefig(output)
     plt.close(figure)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = harness.parser("What a training step costs, in JAX and in torch.")
+    """Check, time, and write the table and the picture."""
+    parser = command_line.report_parser("Cost of a training step, in JAX and torch.")
     options = parser.parse_args(argv)
-    jax.config.update("jax_platforms", "cpu")  # where torch's tensors are
+    jax.config.update("jax_platforms", "cpu")  # as torch's tensors
     sizes = QUICK if options.quick else FULL
     params, batches = draw_params(), draw_batches(sizes.steps)
     threads = choose_threads(params, batches[:TRIAL])
@@ -505,7 +509,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainings = torch_trainings(params, batches, compiled=compiled)
     rows, largest = measure(params, batches, trainings, sizes)
     page = format_page(rows, sizes, threads, largest)
-    harness.report("training_loop", page, options.output)
+    report.write("benchmarks.training_loop", page, options.output)
     draw(rows, options.output / "training_loop.png")
 
 

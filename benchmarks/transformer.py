@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What averaging adds to a training step of a transformer.
+"""Cost of averaging in the training step of a transformer.
 
     python -m benchmarks.transformer
 
-A decoder-only transformer of GPT-2's make (6 layers of 256 with 4 heads, a context of
-256 bytes, 4.9 M parameters) reads batches of 8 x 256 bytes of the texts of Python's
-`help()`; AdamW with clipping by the global norm, all in one jitted step that donates
-what it carries. Each average of ours stands beside the same rule by hand.
+A decoder-only transformer like GPT-2 (6 layers of 256 with 4 heads, a context of 256
+bytes, 4.9 M parameters) reads batches of 8 x 256 bytes from the texts of Python's
+`help()`. AdamW with clipping by the global norm runs in one jitted step with a donated
+carry. Each of our averages is compared with the same rule written by hand.
 
-Timed are the whole step and, since what averaging adds to it is less than what two
-repetitions differ by, the update alone: clipping, AdamW, `apply_updates` and the
-average, of the same trees with gradients that stay the same. All repetitions are in a
-random order, so that what slows the machine down slows all of them; quoted are medians
-and quartiles.
+Two things are timed: the whole step, and the update alone (clipping, AdamW,
+`apply_updates` and the average, with constant gradients). Averaging adds less to the
+whole step than two repetitions differ by, so its cost is read from the update. All
+repetitions run in a random order, so that what slows the machine down slows all of
+them. Reported are medians and quartiles.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +32,7 @@ from matplotlib.patches import Patch
 from asgd_optax import average_iterates
 from benchmarks import harness
 from benchmarks.by_hand import DECAY, RULES, ByHand, average
+from tools import command_line, report
 
 RATE = 3e-4
 EVERY = 10
@@ -44,11 +45,11 @@ Params = dict[str, Any]
 
 
 class Sizes(NamedTuple):
-    """Of the network, of a batch, and of the measurement.
+    """Sizes of the network, the batch and the measurement.
 
     Attributes:
-      step_calls: whole steps in a repetition.
-      update_calls: updates in one, a multiple of `EVERY`.
+      step_calls: whole steps per repetition.
+      update_calls: updates per repetition, a multiple of `EVERY`.
     """
 
     layers: int
@@ -68,8 +69,7 @@ QUICK = Sizes(1, 16, 2, 16, 4, step_calls=1, update_calls=10, repetitions=2)
 class Training(NamedTuple):
     """A training: params -> carry, and (carry, gradients) -> carry.
 
-    The carry begins with the parameters and the optimizer's state; an average by hand
-    comes third.
+    The carry holds the parameters, the optimizer's state and the average by hand.
     """
 
     init: Callable[[Params], Any]
@@ -77,14 +77,14 @@ class Training(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Seconds of the whole step, and of the update alone."""
+    """Seconds of the whole step and of the update alone."""
 
     step: harness.Time
     update: harness.Time
 
 
 def draw_params(sizes: Sizes, dtype: DTypeLike) -> Params:
-    """GPT-2's: normal with 0.02, less where a residual is written; gains of one."""
+    """Draw weights as GPT-2: normal with 0.02, less before residuals; gains of one."""
     rng = np.random.default_rng(0)
     width = sizes.width
 
@@ -111,7 +111,7 @@ def draw_params(sizes: Sizes, dtype: DTypeLike) -> Params:
 
 
 def draw_batch(sizes: Sizes) -> np.ndarray:
-    """Pieces of the text, each a byte longer than the context."""
+    """Draw pieces of the text, each a byte longer than the context."""
     text = np.frombuffer("\n".join(topics.values()).encode(), np.uint8)
     length = sizes.context + 1
     starts = np.random.default_rng(0).integers(len(text) - length, size=sizes.batch)
@@ -119,7 +119,7 @@ def draw_batch(sizes: Sizes) -> np.ndarray:
 
 
 def logits(params: Params, inputs: jax.Array, heads: int) -> jax.Array:
-    """Of the byte that follows each."""
+    """Return the logits of the byte that follows each input."""
     x = params["bytes"][inputs] + params["positions"]
     for layer in params["layers"]:
         y = normalized(x, layer["attention_gain"]) @ layer["attention_in"]
@@ -133,19 +133,19 @@ def logits(params: Params, inputs: jax.Array, heads: int) -> jax.Array:
 
 
 def loss(params: Params, batch: jax.Array, heads: int) -> jax.Array:
-    """The mean cross-entropy of the next byte."""
+    """Return the mean cross-entropy of the next byte."""
     inputs, targets = batch[:, :-1], batch[:, 1:]
     y = widened(logits(params, inputs, heads))
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(y, targets))
 
 
 def widened(x: jax.Array) -> jax.Array:
-    """What is narrower than float32 in float32."""
+    """Convert to float32 if narrower."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def normalized(x: jax.Array, gain: jax.Array) -> jax.Array:
-    """To a root mean square of one, times the gain."""
+    """Scale to a root mean square of one, times the gain."""
     wide = widened(x)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)
     return (wide * scale).astype(x.dtype) * gain
@@ -159,10 +159,10 @@ def adamw(*last: optax.GradientTransformation) -> optax.GradientTransformation:
 def train_with(
     tx: optax.GradientTransformation, by_hand: ByHand | None = None
 ) -> Training:
-    """The usual update, and behind it an average by hand."""
+    """Return the usual update, followed by an average by hand if given."""
 
     def init(params: Params) -> Any:
-        # Copies, since the steps donate what they carry.
+        # Copy, because the steps donate their carry.
         params = jax.tree.map(jnp.array, params)
         carry = params, tx.init(params)
         return (*carry, by_hand.init(params)) if by_hand else carry
@@ -179,7 +179,7 @@ def train_with(
 
 
 def trainings() -> dict[str, Training]:
-    """The rows; those whose name says so have parameters in bfloat16."""
+    """Return the rows; those named so have parameters in bfloat16."""
 
     def pair(name: str, rule: str, **options: Any) -> dict[str, Training]:
         ours = average_iterates(RULES[rule].weighting, **options)
@@ -200,17 +200,17 @@ def trainings() -> dict[str, Training]:
 
 
 def base_of(name: str) -> str:
-    """The row without an average that a row is compared with."""
+    """Return the row without an average that a row is compared with."""
     return NARROW + NONE if name.startswith(NARROW) else NONE
 
 
 def same_by_hand(name: str) -> str | None:
-    """The row by hand that one of ours stands beside."""
+    """Return the row by hand that one of ours is compared with."""
     return name.removesuffix(OURS) + HAND if name.endswith(OURS) else None
 
 
 def whole_step(sizes: Sizes, training: Training) -> Callable[[Any, jax.Array], Any]:
-    """(carry, batch) -> carry, all of it in one compiled step."""
+    """Return (carry, batch) -> carry as one compiled step."""
 
     @partial(jax.jit, donate_argnums=0)
     def step(carry: Any, batch: jax.Array) -> Any:
@@ -222,7 +222,7 @@ def whole_step(sizes: Sizes, training: Training) -> Callable[[Any, jax.Array], A
 def contestants(
     sizes: Sizes, trained: Mapping[str, Training]
 ) -> dict[str, harness.Contestant]:
-    """The whole step and the update alone of every row."""
+    """Return the whole step and the update alone of every row."""
     batch = jnp.array(draw_batch(sizes))
     params = {
         base: draw_params(sizes, dtype)
@@ -246,7 +246,7 @@ def contestants(
         init = partial(training.init, start)
         step = whole_step(sizes, training)
         update = jax.jit(training.update, donate_argnums=0)
-        # As gradients: the parameters themselves, which clipping makes small.
+        # The parameters serve as gradients, because clipping makes them small.
         timed[f"{name} step"] = harness.Contestant(
             partial(setup, init, step, batch), sizes.step_calls
         )
@@ -257,7 +257,7 @@ def contestants(
 
 
 def measure(sizes: Sizes) -> dict[str, Row]:
-    """The rows' times, in one run."""
+    """Time all rows in one run."""
     trained = trainings()
     times = harness.measure(contestants(sizes, trained), sizes.repetitions)
     return {
@@ -266,7 +266,7 @@ def measure(sizes: Sizes) -> dict[str, Row]:
 
 
 def added(rows: Mapping[str, Row], name: str) -> harness.Time:
-    """What the average adds to the update, in percent of the step without one."""
+    """Return what the average adds, in percent of the step without one."""
     base = rows[base_of(name)]
     return harness.Time(
         *(
@@ -277,7 +277,7 @@ def added(rows: Mapping[str, Row], name: str) -> harness.Time:
 
 
 def format_rows(rows: Mapping[str, Row]) -> str:
-    """The table; every row against the one without an average, and the one by hand."""
+    """Format the table: ratios to the row without an average and to the one by hand."""
 
     def spread(time: harness.Time, digits: int) -> str:
         median, *quartiles = (f"{1e3 * seconds:.{digits}f}" for seconds in time)
@@ -294,37 +294,37 @@ def format_rows(rows: Mapping[str, Row]) -> str:
         step, update = spread(row.step, 0), spread(row.update, 1)
         lines.append([name, step, over, update, share, ratio])
     header = ["", "step (ms)", "over none (%)", "update alone (ms)"]
-    return harness.table([*header, "average, of a step (%)", "update / by hand"], lines)
+    return report.table([*header, "average, of a step (%)", "update / by hand"], lines)
 
 
 PAGE = """\
-# What averaging adds to a transformer's training step
+# Cost of averaging in a transformer's training step
 
 A decoder-only transformer of {parameters} parameters ({layers} layers of {width},
 {heads} heads, a context of {context} bytes), batches of {batch} x {context} bytes,
-AdamW with clipping: one compiled step, on the {device}, in float32 where a row says
-nothing else. Medians (and quartiles) of {repetitions} repetitions.
+AdamW with clipping: one compiled step on the {device}, in float32 unless the row says
+otherwise. Medians (and quartiles) of {repetitions} repetitions.
 
 {table}
 
-- *step*: all of it, forward, backward, update and average. *over none*: the median
-  above that of the row without an average. That row's own quartiles are {noise:.1f} %
-  apart: what is smaller than that means nothing.
-- *update alone*: clipping, AdamW, `apply_updates` and the average, the gradients given;
-  {calls} of them are a repetition. *average, of a step*: what it is above the update
-  without an average, in percent of the whole step without one. The share shrinks as
-  batches grow: an average costs the same whatever the batch.
-- *by hand*: the same rule as a `tree_map` behind `apply_updates` (`by_hand.py`);
-  *update / by hand*: ours over it. Decay of the EMAs: {decay}.
-- *every={every}*: the steps timed whole are between two that average; of the updates
-  one in {every} averages.
-- *bfloat16*: parameters, gradients and moments, and the network computed in it; the
-  average in float32.
+- *step*: forward, backward, update and average. *over none*: the median relative to the
+  row without an average. That row's own quartiles are {noise:.1f} % apart, so smaller
+  differences mean nothing.
+- *update alone*: clipping, AdamW, `apply_updates` and the average, with the gradients
+  given; {calls} per repetition. *average, of a step*: what the average adds to the
+  update, in percent of the whole step without an average. The share shrinks as batches
+  grow, because the cost of an average does not depend on the batch.
+- *by hand*: the same rule as a `tree_map` after `apply_updates` (`by_hand.py`);
+  *update / by hand*: our update over that one. Decay of the EMAs: {decay}.
+- *every={every}*: the whole steps that are timed do not average; one in {every} of the
+  updates does.
+- *bfloat16*: parameters, gradients, moments and the network's computation; the average
+  is in float32.
 """
 
 
 def format_page(rows: Mapping[str, Row], sizes: Sizes) -> str:
-    """The table and what it means."""
+    """Format the table and its explanation."""
     parameters = jax.tree.leaves(draw_params(sizes, "float32"))
     step = rows[NONE].step
     return PAGE.format(
@@ -340,8 +340,8 @@ def format_page(rows: Mapping[str, Row], sizes: Sizes) -> str:
 
 
 def draw(rows: Mapping[str, Row], output: Path) -> None:
-    """A bar for what each average adds, from zero, with its quartiles."""
-    plt.style.use(harness.STYLE)
+    """Draw a bar for what each average adds, with its quartiles."""
+    plt.style.use(report.STYLE)
     figure, axes = plt.subplots(figsize=(8, 4.6))
     for name in rows:
         if name == base_of(name):
@@ -356,7 +356,7 @@ def draw(rows: Mapping[str, Row], output: Path) -> None:
         )
         axes.bar_label(bar, fmt="{:.2f}", padding=3, fontsize=8)
     axes.invert_yaxis()
-    figure.suptitle("What averaging adds to a training step of a transformer")
+    figure.suptitle("Cost of averaging in the training step of a transformer")
     step = rows[NONE].step.median
     axes.set_xlabel(f"% of a step without ({step:.2g} s): median and quartiles")
     axes.grid(visible=False, axis="y")
@@ -370,12 +370,12 @@ def draw(rows: Mapping[str, Row], output: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Times, and writes the table and the picture."""
-    parser = harness.parser("What averaging adds to a transformer's training step.")
+    """Time, and write the table and the picture."""
+    parser = command_line.report_parser("Cost of averaging in a transformer's step.")
     options = parser.parse_args(argv)
     sizes = QUICK if options.quick else FULL
     rows = measure(sizes)
-    harness.report("transformer", format_page(rows, sizes), options.output)
+    report.write("benchmarks.transformer", format_page(rows, sizes), options.output)
     draw(rows, options.output / "transformer.png")
 
 

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was tried to make a step on the CPU cheaper, and did not.
+"""Failed attempts to make a step on the CPU cheaper.
 
     python -m benchmarks.tried
 
-One leaf: the two kernels that XLA makes of a step against a loop over blocks that stay
-in the cache, the array updated in place. 1,000 leaves: what is the least time to
-compile a step with two results a leaf, each of one product and one difference.
-100,000 leaves: the time to make the state. See `docs/developers/tried.md`.
+- One leaf: XLA's two kernels for a step, compared with a loop over blocks that fit in
+  the cache and are updated in place.
+- 1,000 leaves: the compile time of the simplest step with two results per leaf, of one
+  product and one difference each.
+- 100,000 leaves: the time to create the state.
+
+See `docs/developers/tried.md`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,18 +22,19 @@ import optax
 from asgd_optax import asgd
 from benchmarks import harness
 from benchmarks.step_cost import BASE, HAND, IN_JAX, OURS, Method, compile_jax, trees
+from tools import command_line, report
 
 ETA, MU = 1e-4, 1e-3
 
 
 def step(p: jax.Array, ax: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A step of averaged SGD in its shortest form."""
+    """Take a step of averaged SGD, in its shortest form."""
     p = p - ETA * g
     return p, ax + MU * (p - ax)
 
 
 def by_blocks(size: int) -> Callable[..., Any]:
-    """The same, block after block."""
+    """Return the same step as a loop over blocks."""
 
     def looped(p: jax.Array, ax: jax.Array, g: jax.Array) -> Any:
         def block(n: jax.Array, carry: Any) -> Any:
@@ -47,7 +51,7 @@ def by_blocks(size: int) -> Callable[..., Any]:
 
 
 def contestant(f: Callable[..., Any], n: int) -> harness.Contestant:
-    """A donated step of n parameters."""
+    """Time a donated step of n parameters."""
     jitted = jax.jit(f, donate_argnums=(0, 1))
 
     def setup() -> Callable[[], None]:
@@ -63,14 +67,14 @@ def contestant(f: Callable[..., Any], n: int) -> harness.Contestant:
 
 
 def of_init(init: Callable[[Any], Any], params: Any) -> harness.Contestant:
-    """A state made."""
+    """Time the creation of a state."""
     return harness.Contestant(
         lambda: lambda: jax.block_until_ready(init(params)), calls=1
     )
 
 
 def bare(p: Any, ax: Any, g: Any) -> tuple[Any, Any]:
-    """Two results a leaf that are no average: one product and one difference each."""
+    """Compute two results per leaf, of one product and one difference each."""
     p = jax.tree.map(lambda p, g: p - ETA * g, p, g)
     return p, jax.tree.map(lambda ax, g: ax - MU * g, ax, g)
 
@@ -98,8 +102,9 @@ INITS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints and saves the tables."""
-    options = harness.parser("What was tried to make a step cheaper.").parse_args(argv)
+    """Measure, print and save the tables."""
+    parser = command_line.report_parser("Failed attempts to make a step cheaper.")
+    options = parser.parse_args(argv)
     size, repetitions, rotations = (2**14, 2, 1) if options.quick else (2**25, 5, 3)
     leaves = 100 if options.quick else 100_000
     tree = trees(options.quick)[-1]
@@ -121,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = [
             [name, f"{scale * s:.3g}", f"{s / base:.1f}"] for name, s in seconds.items()
         ]
-        return harness.table([title, unit, "ratio"], rows)
+        return report.table([title, unit, "ratio"], rows)
 
     medians = {name: time.median for name, time in times.items()}
     sections = [
@@ -133,8 +138,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{leaves:,} leaves of 4x4", "init (s)", {n: medians[n] for n in INITS}, 1
         ),
     ]
-    harness.report(
-        "tried",
+    report.write(
+        "benchmarks.tried",
         "# What was tried to make a step cheaper\n\n"
         + "\n\n".join(sections)
         + f"\n\nMedians of {repetitions} repetitions, of {rotations} compilations.",

@@ -18,8 +18,8 @@ from asgd_optax import (
     exponential_weighting,
     running_average,
 )
-from benchmarks import coming_from
-from benchmarks.coming_from import PEERS, debiased, plain
+from studies import coming_from
+from studies.coming_from import PEERS, debiased, plain
 from tests.support import enable_x64
 
 STEPS, DECAY, EVERY, SWITCH, ANNEAL = 60, 0.9, 3, 20, 30

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A release is called the same, and dated the same, wherever that is written."""
+"""The version and date of the release are the same in all files."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ import asgd_optax
 ROOT = Path(__file__).parents[1]
 
 
-def test_version_and_date_agree():
+def test_version_and_date_agree_in_all_files():
     citation = (ROOT / "CITATION.cff").read_text()
     changelog = (ROOT / "CHANGELOG.md").read_text()
     cited = re.search(r"^version: (.+)\ndate-released: (.+)$", citation, re.MULTILINE)

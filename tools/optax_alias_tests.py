@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs optax's own tests of its optimizers with `asgd` put into their table.
+"""Run optax's own tests of its optimizers, with `asgd` in their table.
 
-The installed optax ships `alias_test.py`; a copy of it, with rows of ours in the
-place of its own, is run from a temporary folder. Needs absl-py, scikit-learn and
-pytest. Further arguments go to pytest.
+The installed optax includes `alias_test.py`. A copy of it, with our rows instead of its
+own, runs in a temporary folder. Needs absl-py, scikit-learn and pytest. Arguments are
+passed to pytest.
 """
 
 import importlib.util
@@ -15,13 +15,13 @@ import pytest
 
 TABLE = "_OPTIMIZERS_UNDER_TEST = (\n"
 
-# One test wants the Rosenbrock function solved in 10,000 steps, of complex numbers
-# too, for which no constant rate is both stable at its end and quick enough.
+# One test solves the Rosenbrock function in 10,000 steps, also with complex numbers. No
+# constant learning rate is both stable at the end and fast enough for that.
 ROWS = f"""
 import asgd_optax
 import optax
 
-# The tests look an optimizer up by its name in optax's own module.
+# The tests look up an optimizer by name in optax's own module.
 alias.asgd = asgd_optax.asgd
 _RATE = optax.cosine_decay_schedule(2e-3, 3000, alpha=0.53)
 {TABLE}
@@ -38,10 +38,10 @@ _THEIRS = (
 def main(arguments):
     spec = importlib.util.find_spec("optax._src.alias_test")
     if spec is None or spec.origin is None:
-        raise SystemExit("the installed optax ships no alias_test.py")
+        raise SystemExit("the installed optax does not include alias_test.py")
     source = pathlib.Path(spec.origin).read_text()
     if source.count(TABLE) != 1:
-        raise SystemExit("optax's table of optimizers is not where it was")
+        raise SystemExit("optax's table of optimizers was not found")
     source = source.replace(TABLE, ROWS)
     with tempfile.TemporaryDirectory() as folder:
         test = pathlib.Path(folder, "alias_test.py")

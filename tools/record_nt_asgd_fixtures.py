@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records AWD-LSTM's training loop in torch into tests/fixtures/torch_nt_asgd.npz.
+"""Record AWD-LSTM's training loop in torch in tests/fixtures/torch_nt_asgd.npz.
 
-Run it with torch 2.13 on the CPU: `python -m tools.record_nt_asgd_fixtures`. Another
-run writes the same bytes. Only `run_torch` needs torch; the tests import the rest
-of this module, and `run_torch` too where torch is installed.
+Run `python -m tools.record_nt_asgd_fixtures` with torch 2.13 on the CPU. Every run
+writes the same bytes. Only `run_torch` needs torch; the tests import the rest of this
+module, and `run_torch` if torch is installed.
 """
 
 from typing import Any, NamedTuple
@@ -18,12 +18,12 @@ FIXTURES = record_torch_fixtures.FIXTURES.with_name("torch_nt_asgd.npz")
 DTYPES = ("float32", "float64")
 SHAPES = {"vector": (3,)}
 EPOCHS = 24
-UPDATES = 3  # an epoch
-SEQUENCES = 40  # of validation losses, a case
+UPDATES = 3  # per epoch
+SEQUENCES = 40  # of validation losses, per case
 
 
 class Case(NamedTuple):
-    """The options of the training loop, by their names there, and ASGD's lambd."""
+    """Options of the training loop, with their names there, and ASGD's lambd."""
 
     lr: float
     wdecay: float
@@ -37,19 +37,20 @@ CASES = {
     "decays": Case(0.5, 0.01, 3, 0.02),
 }
 
-# Epochs after which params and averages are recorded; a live run compares all.
+# Epochs after which params and averages are recorded; live runs compare all epochs.
 CHECKPOINTS = (6, 12, 18, 24)
 
 RECIPE = repr((CASES, CHECKPOINTS, SHAPES, EPOCHS, UPDATES, SEQUENCES))
 
 
 class Run(NamedTuple):
-    """What one loop did.
+    """The result of a loop.
 
     Attributes:
-      fired: the number of the epoch whose validation loss fired, from 1; 0 for none.
-      params: after each epoch. Shape (EPOCHS, 3).
-      average: what the loop would evaluate, as `params`.
+      fired: the number, from 1, of the epoch whose validation loss started averaging;
+        0 if none did.
+      params: the parameters after each epoch. Shape (EPOCHS, 3).
+      average: the parameters that the loop would evaluate, like `params`.
     """
 
     fired: int
@@ -58,10 +59,10 @@ class Run(NamedTuple):
 
 
 def draw_losses() -> np.ndarray:
-    """Sequences of validation losses, of all kinds. Shape (SEQUENCES, EPOCHS).
+    """Draw sequences of validation losses. Shape (SEQUENCES, EPOCHS).
 
-    They fall and flatten with noise, more or less of it; some have a jump or only
-    rise. They are multiples of 1/64, so that there are ties and no rounding.
+    They fall and flatten with more or less noise; some have a jump or only rise. All
+    are multiples of 1/64, which gives ties and avoids rounding.
     """
     random = np.random.RandomState(1)
     epochs = np.arange(EPOCHS)
@@ -80,7 +81,7 @@ def draw_losses() -> np.ndarray:
 def run_torch(
     case: Case, weight: np.ndarray, gradients: np.ndarray, losses: np.ndarray
 ) -> Run:
-    """SGD, the released code's switch, then a fresh ASGD, as that loop has them."""
+    """Run SGD, the switch of the released code, and then a new ASGD."""
     import torch
 
     w = torch.from_numpy(np.array(weight))
@@ -96,7 +97,7 @@ def run_torch(
             average = optimizer.state[w]["ax"] if averaging else w
             params.append(w.numpy().copy())
             averages.append(average.numpy().copy())
-            if averaging or epoch == EPOCHS - 1:  # no update comes after the last
+            if averaging or epoch == EPOCHS - 1:  # the last epoch has no next update
                 continue
             if len(earlier) > case.nonmono and losses[epoch] > min(
                 earlier[: -case.nonmono]
@@ -114,13 +115,13 @@ def run_torch(
 
 
 def problem(dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """The initial weight, and the gradients of all updates."""
+    """Draw the initial weight, and the gradients of all updates."""
     params, gradients = draw_problem(dtype, EPOCHS * UPDATES, SHAPES)
     return params["vector"], gradients["vector"]
 
 
 def main() -> None:
-    """Records every case, every sequence of losses, both dtypes."""
+    """Record every case and sequence of losses in both dtypes."""
     check_torch()
     arrays = {"recipe": np.array(RECIPE)}
     picked = np.array(CHECKPOINTS) - 1

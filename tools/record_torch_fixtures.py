@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records trajectories of `torch.optim.ASGD` into tests/fixtures/torch_asgd.npz.
+"""Record trajectories of `torch.optim.ASGD` in tests/fixtures/torch_asgd.npz.
 
-Run it with torch 2.13 on the CPU: `python -m tools.record_torch_fixtures`. Another
-run writes the same bytes. Only `run_torch` needs torch; the tests import the rest
-of this module, and `run_torch` too where torch is installed.
+Run `python -m tools.record_torch_fixtures` with torch 2.13 on the CPU. Every run writes
+the same bytes. Only `run_torch` needs torch; the tests import the rest of this module,
+and `run_torch` if torch is installed.
 """
 
 import contextlib
@@ -21,14 +21,14 @@ SHAPES = {"empty": (0, 3), "matrix": (2, 2), "scalar": (), "vector": (3,)}
 
 
 class Case(NamedTuple):
-    """Arguments of torch's ASGD, and the name and arguments of an lr scheduler."""
+    """Arguments of torch's ASGD, and the name and arguments of an LR scheduler."""
 
     arguments: dict[str, Any]
     scheduler: tuple[str, dict[str, Any]] | None = None
 
 
-# What torch tests its own ASGD with on the CPU: `optim_inputs_func_asgd` in
-# torch/testing/_internal/common_optimizers.py, by its descriptions.
+# The cases of torch's own tests on the CPU, with their descriptions:
+# `optim_inputs_func_asgd` in torch/testing/_internal/common_optimizers.py.
 TORCH_CASES = {
     "default": Case({}),
     "non-default lambd": Case({"lambd": 0.1}),
@@ -63,26 +63,26 @@ CASES = TORCH_CASES | {
 }
 RUNS = list(itertools.product(CASES, (False, True)))  # by case and `foreach`
 
-# Numbers of finished updates: around the starts at t0 = 0, 2 and 100, and the end.
+# Numbers of updates: around the starts at t0 = 0, 2 and 100, and at the end.
 CHECKPOINTS = (1, 2, 4, 5, 102, 103, 120)
 
-# A float32 run long enough for its rounding errors to show, over so many
-# parameters that the rms of the errors is known to 1.6 %.
+# A float32 run long enough for visible rounding errors, with enough parameters to know
+# their rms to 1.6 %.
 LONG_CASE = Case({"t0": 10})
 LONG_STEPS = 2000
 LONG_SHAPES = {"vector": (2048,)}
 
-# The fixtures are good for exactly this.
+# Fixtures that were recorded with another recipe are invalid.
 RECIPE = repr((CASES, CHECKPOINTS, SHAPES, LONG_CASE, LONG_STEPS, LONG_SHAPES))
 
 
 def draw_problem(
     dtype: str, steps: int, shapes: dict[str, tuple[int, ...]] = SHAPES
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Initial parameters, and gradients whose leading axis is the step.
+    """Draw initial parameters, and gradients whose leading axis is the step.
 
-    The same numbers on any machine: the stream of `RandomState` is frozen, and its
-    uniform draws are exact arithmetic where normal ones call the C library.
+    The numbers are the same on any machine: the stream of `RandomState` is frozen, and
+    its uniform draws are exact arithmetic, while normal ones call the C library.
     """
     random = np.random.RandomState(0)
 
@@ -92,7 +92,7 @@ def draw_problem(
             draw = draw + 1j * random.uniform(-1, 1, shape)
         return draw.astype(dtype)
 
-    # Away from zero, so that relative differences mean something.
+    # Away from zero, so that relative differences are meaningful.
     params = {name: 2 + uniform(shape) for name, shape in shapes.items()}
     gradients = {name: uniform((steps, *shape)) for name, shape in shapes.items()}
     return params, gradients
@@ -106,7 +106,7 @@ def run_torch(
     foreach: bool,
     checkpoints: Collection[int],
 ) -> dict[str, np.ndarray]:
-    """The iterates and states of torch's ASGD after `checkpoints` updates.
+    """Run torch's ASGD and return its parameters and states after `checkpoints`.
 
     Returns:
       Arrays whose leading axis is the checkpoint: "params/..." and "ax/..." of each
@@ -136,7 +136,7 @@ def run_torch(
                 state = optimizer.state[weight]
                 rows.setdefault(f"params/{name}", []).append(weight.numpy().copy())
                 rows.setdefault(f"ax/{name}", []).append(state["ax"].numpy().copy())
-            # Every parameter has its own copies of these, all alike.
+            # Every parameter has its own copies of these, which are equal.
             for name in ("eta", "mu", "step"):
                 rows.setdefault(name, []).append(state[name].numpy().copy())
     return {name: np.stack(row) for name, row in rows.items()}
@@ -144,10 +144,10 @@ def run_torch(
 
 @contextlib.contextmanager
 def default_dtype_as(weight: Any) -> Iterator[None]:
-    """Torch's default dtype is float64 within, if `weight` is of double precision.
+    """Set torch's default dtype to float64 if `weight` has double precision.
 
-    ASGD keeps eta, mu and step in float32 unless the default dtype is float64, of
-    float64 parameters too: their trajectory is then right to float32 only.
+    Otherwise ASGD keeps eta, mu and step in float32 even for float64 parameters, whose
+    trajectory is then accurate only to float32.
     """
     import torch
 
@@ -160,15 +160,15 @@ def default_dtype_as(weight: Any) -> Iterator[None]:
 
 
 def check_torch() -> None:
-    """Ends the program unless torch is the one that is recorded."""
+    """End the program unless torch has the recorded version."""
     import torch
 
     if not torch.__version__.startswith("2.13."):
-        raise SystemExit(f"torch 2.13 is wanted; this is {torch.__version__}")
+        raise SystemExit(f"expected torch 2.13, got {torch.__version__}")
 
 
 def main() -> None:
-    """Records every case in every dtype, and how far off the long runs end."""
+    """Record every case in every dtype, and the final errors of the long runs."""
     check_torch()
     arrays = {"recipe": np.array(RECIPE)}
     for dtype in DTYPES:

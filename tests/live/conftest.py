@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A module is not collected where a package that it imports is not installed.
+"""Do not collect a module if a package that it imports is not installed.
 
-One that is named on the command line is: there what is missing is an error.
+A module named on the command line is collected, and fails if a package is missing.
 """
 
 import ast
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def packages_of(module: Path) -> set[str]:
-    """The top-level packages that a module imports, at its beginning or later."""
+    """Return the top-level packages that a module imports anywhere."""
     names = set()
     for node in ast.walk(ast.parse(module.read_text())):
         if isinstance(node, ast.Import):

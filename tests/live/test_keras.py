@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keras's `use_ema`, in training as it is used, and ours beside it."""
+"""Keras's `use_ema` in training, compared with ours."""
 
 import os
 
@@ -13,18 +13,18 @@ import optax
 import pytest
 
 from asgd_optax import average_iterates, averaged_params, exponential_weighting
-from benchmarks import coming_from
+from studies import coming_from
 from tests.support import enable_x64
 
-# Of Keras 3.15's own, wherever a variable becomes a NumPy array.
+# Keras 3.15 raises this warning when a variable becomes a NumPy array.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation:DeprecationWarning"
 )
 
-# The rate is one that float32 holds: Keras keeps it there.
+# Keras keeps the learning rate in float32, which represents this one exactly.
 STEPS, MOMENTUM, RATE = 60, 0.9, 0.125
 CLOSE = {"rtol": 5e-14, "atol": 5e-14}
-# Sums of a few are exact in float32, in which `optax.MultiSteps` keeps them.
+# `optax.MultiSteps` keeps sums in float32, which are exact for these numbers.
 NUMBERS = np.random.default_rng(0).integers(-4, 5, (STEPS, 3)) / 2
 
 
@@ -42,7 +42,7 @@ def ours(start=1):
 
 
 def keras_sgd(**options):
-    """A variable of three zeros, and an SGD that averages it."""
+    """Return a variable of three zeros, an SGD that averages it, and the average."""
     variable = keras.Variable(np.zeros(3))
     sgd = keras.optimizers.SGD(RATE, use_ema=True, ema_momentum=MOMENTUM, **options)
     sgd.build([variable])
@@ -50,13 +50,12 @@ def keras_sgd(**options):
     return variable, sgd, average
 
 
-def test_as_the_page_has_it():
+def test_use_ema_equals_ours():
     (name,) = (n for n, peer in coming_from.PEERS.items() if peer.package == "keras")
     assert coming_from.difference(coming_from.PEERS[name]) < 5e-14
 
 
-def test_it_stays_in_sixteen_bits():
-    """What the page says of bfloat16."""
+def test_use_ema_stalls_in_bfloat16():
     peer = coming_from.PEERS["Keras `use_ema`"]
     theirs, mine, true = coming_from.last_averages(
         peer, 0.999, coming_from.JUMP, "bfloat16"
@@ -67,7 +66,7 @@ def test_it_stays_in_sixteen_bits():
 
 
 @pytest.mark.parametrize("frequency", [1, 7])
-def test_overwriting(frequency):
+def test_ema_overwrite_frequency_equals_replacing_params(frequency):
     variable, sgd, average = keras_sgd(ema_overwrite_frequency=frequency)
     tx = optax.chain(optax.sgd(RATE), ours())
     params = jnp.zeros(3)
@@ -83,8 +82,7 @@ def test_overwriting(frequency):
 
 
 @pytest.mark.parametrize("k", [2, 5])
-def test_accumulating_gradients(k):
-    """It moves the average at every call, so by an iterate k times: so does ours."""
+def test_accumulated_gradients_average_each_iterate_k_times(k):
     variable, sgd, average = keras_sgd(gradient_accumulation_steps=k)
     accumulated = optax.MultiSteps(optax.sgd(RATE / k), k, use_grad_mean=False)
     tx = optax.chain(accumulated.gradient_transformation(), ours(start=k))
@@ -99,7 +97,7 @@ def test_accumulating_gradients(k):
 
 
 class Recorder(keras.callbacks.Callback):
-    """The weights that `evaluate` sees, and those of training after it."""
+    """Record the weights that `evaluate` uses, and those of training after it."""
 
     def __init__(self):
         super().__init__()
@@ -112,8 +110,7 @@ class Recorder(keras.callbacks.Callback):
         self.trained.append(self.model.get_weights()[0])
 
 
-def test_swap_ema_weights():
-    """What it evaluates is `averaged_params`, and `fit` ends with it in the model."""
+def test_swap_ema_weights_evaluates_and_ends_with_averaged_params():
     rng = np.random.default_rng(1)
     x, y = (rng.integers(-4, 5, (20, n)) / 2 for n in (3, 1))
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1, use_bias=False)])
@@ -125,7 +122,7 @@ def test_swap_ema_weights():
     )
     recorder = Recorder()
     options = {"batch_size": 5, "epochs": 4, "shuffle": False, "verbose": 0}
-    # In the model by the time that the recorder looks.
+    # The averages are in the model before the recorder runs.
     callbacks = [keras.callbacks.SwapEMAWeights(), recorder]
     model.fit(x, y, validation_data=(x, y), callbacks=callbacks, **options)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PyTorch's averages as they run, beside their rules and our lines.
+"""The installed averages for PyTorch, compared with their rules and with ours.
 
-`python -m tests.live.test_torch_averages` prints what the page shows as measured.
+`python -m tests.live.test_torch_averages` prints the numbers of the page.
 """
 
 import importlib.util
@@ -47,7 +47,7 @@ with warnings.catch_warnings():
 
 
 def load_timm() -> type:
-    """`ModelEmaV3` by its path: all of timm would need torchvision."""
+    """Load `ModelEmaV3` from its file, because all of timm would need torchvision."""
     (folder,) = importlib.util.find_spec("timm").submodule_search_locations
     path = Path(folder, "utils", "model_ema.py")
     spec = importlib.util.spec_from_file_location("timm_model_ema", path)
@@ -58,8 +58,7 @@ def load_timm() -> type:
 
 ModelEmaV3 = load_timm()
 
-# What keeps an average of a model: a function of t, to be called after the t-th update,
-# and the tensor of the average.
+# A function of t, to be called after the t-th update, and the tensor of the average.
 Peer = tuple[Callable[[int], None], torch.Tensor]
 
 
@@ -117,31 +116,30 @@ def peer_of(name: str) -> Callable[..., Peer]:
 
 
 def their_averages(make, iterates, dtype=torch.float64, **arguments) -> np.ndarray:
-    """What a library's average is after each update, of a model with these weights."""
+    """Return a library's average after each update, of a model with these weights."""
     model = torch.nn.Linear(1, iterates.shape[1], bias=False, dtype=dtype)
 
-    def hand(iterate):
+    def set_weights(iterate):
         with torch.no_grad():
             model.weight.copy_(torch.tensor(iterate)[:, None])
 
-    hand(iterates[0])
+    set_weights(iterates[0])
     update, average = make(model, **arguments)
     averages = []
     for t, iterate in enumerate(iterates[1:], 1):
-        hand(iterate)
+        set_weights(iterate)
         update(t)
         averages.append(average.detach()[:, 0].double().numpy().copy())
     return np.stack(averages)
 
 
 def tolerance_of(name: str) -> float:
-    """ema-pytorch computes a decay that grows in float32, as nobody else does."""
+    """Return the tolerance: only ema-pytorch computes a growing decay in float32."""
     return 1e-6 if name.startswith("ema-pytorch") and "power" not in name else TOLERANCE
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_library(name):
-    """It follows the rule that we have of it, and our line follows it."""
+def test_library_follows_its_rule_and_ours_equals_it(name):
     row, iterates = ROWS[name], random_walk()
     theirs = their_averages(peer_of(name), iterates, **row.arguments)
     rule = rule_averages(row.weights(), iterates)
@@ -152,7 +150,7 @@ def test_library(name):
 
 
 def several_at_once() -> float:
-    """How far off the rule the path is that torch takes on accelerators."""
+    """Return the difference from the rule of the path torch takes on accelerators."""
     iterates = random_walk()
     whole = swa_utils.get_swa_multi_avg_fn()
     theirs = their_averages(averaged_model, iterates, multi_avg_fn=whole)
@@ -160,17 +158,16 @@ def several_at_once() -> float:
     return largest_difference(theirs, rule)
 
 
-def test_averaged_model_of_several_tensors_at_once():
-    """It computes 1 / n in float32, whatever the parameters are."""
+def test_averaged_model_of_several_tensors_computes_its_weight_in_float32():
     assert 1e-9 < several_at_once() < 1e-7
 
 
 class Iterates(LightningModule):
-    """Trains a vector on noise, and keeps what it and its average have been."""
+    """Train a vector on noise, and record it and its average."""
 
     def __init__(self, average):
         super().__init__()
-        self.average = [average]  # no part of the model
+        self.average = [average]  # in a list, so that it is not part of the model
         self.weight = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
         self.iterates, self.averages = [self.weight.tolist()], []
 
@@ -178,7 +175,7 @@ class Iterates(LightningModule):
         return torch.optim.SGD([self.weight], lr=1.0)
 
     def training_step(self, batch, index):
-        # An epoch's end comes after its last batch's: read before the next step.
+        # Read before the next step, because callbacks run at the epoch's end.
         self.read()
         return (self.weight * batch[0]).sum()
 
@@ -191,7 +188,7 @@ class Iterates(LightningModule):
 
 
 def run_lightning(callback, epoch=6) -> tuple[np.ndarray, np.ndarray]:
-    """p(0), …, p(60), and the averages after the updates 1, …, 60."""
+    """Return p(0), …, p(60), and the averages after the updates 1, …, 60."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.manual_seed(0)
     data = torch.utils.data.TensorDataset(torch.randn(epoch, 3, dtype=torch.float64))
@@ -228,9 +225,9 @@ LIGHTNING = {
 
 
 @pytest.mark.parametrize("name", LIGHTNING)
-def test_lightning(name):
+def test_lightning_follows_its_rule_and_ours_equals_it(name):
     row = ROWS[name]
-    # `WeightAveraging` is an `AveragedModel` after each step: nothing to tell it.
+    # `WeightAveraging` is an `AveragedModel` after each step, without arguments.
     arguments = {} if name.startswith("torch") else row.arguments
     iterates, theirs = run_lightning(LIGHTNING[name](**arguments))
     assert len(iterates) == STEPS + 1
@@ -242,7 +239,7 @@ def test_lightning(name):
 
 
 @pytest.mark.parametrize("anneal", SWALR)
-def test_swalr(anneal):
+def test_swalr_equals_our_schedule(anneal):
     lr, swa_lr, A = 0.7, 0.05, 25  # noqa: N806
     optimizer = torch.optim.SGD([torch.ones(3, requires_grad=True)], lr=lr)
     scheduler = swa_utils.SWALR(optimizer, swa_lr, A, anneal)
@@ -257,7 +254,7 @@ def test_swalr(anneal):
     np.testing.assert_allclose(ours, theirs, rtol=1e-13)
 
 
-def test_update_bn():
+def test_update_bn_equals_update_batch_stats():
     from flax import nnx
 
     from asgd_optax.flax import update_batch_stats
@@ -299,7 +296,7 @@ def ema_pytorch_buffers(model) -> tuple[Callable[[], None], torch.nn.Module]:
 @pytest.mark.parametrize(
     ("make", "counter", "weighting", "tolerance"),
     [
-        # Averaged, and cut off after every step: 1 + (t - 1) / t.
+        # Averaged, and truncated after every step: 1 + (t - 1) / t.
         (all_buffers, 1, None, TOLERANCE),
         (timm_buffers, STEPS, exponential_weighting(0.95, debias=False), TOLERANCE),
         # Never copied.
@@ -312,8 +309,9 @@ def ema_pytorch_buffers(model) -> tuple[Callable[[], None], torch.nn.Module]:
     ],
     ids=["torch", "timm", "ema-pytorch"],
 )
-def test_buffers(make, counter, weighting, tolerance):
-    """Those that float are averaged as the parameters are; ours counts on."""
+def test_float_buffers_are_averaged_like_parameters(
+    make, counter, weighting, tolerance
+):
     model = torch.nn.BatchNorm1d(3, dtype=torch.float64)
     update, average = make(model)
     rng = np.random.default_rng(0)
@@ -333,7 +331,7 @@ def test_buffers(make, counter, weighting, tolerance):
 
 
 def look_back(averages: np.ndarray) -> float:
-    """Mean age of what an average holds: of iterates that are the time, 0 to 1."""
+    """Return the mean age in an average of iterates that are the time, 0 to 1."""
     return 1 - averages[-1, 0]
 
 
@@ -353,15 +351,13 @@ def skipping_ours(k: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("k", "theirs"), [(1, 0.112), (10, 0.558), (100, 0.927)])
-def test_power_average_that_skips(k, theirs):
-    """Ours looks back as far as its width says; ema-pytorch's where k is 1."""
+def test_power_average_with_skipped_updates_has_its_width_only_in_ours(k, theirs):
     assert look_back(skipping_peer(k)) == pytest.approx(theirs, abs=5e-4)
     right = 1 / (gamma_from_width(0.1) + 2)
     assert look_back(skipping_ours(k)) == pytest.approx(right, rel=0.05)
 
 
-def test_posthoc_is_made_of_the_same_averages(tmp_path):
-    """A `PostHocEMA` holds several: their gammas, found by bisection and as roots."""
+def test_posthoc_ema_has_the_same_gammas(tmp_path):
     model = torch.nn.Linear(1, 3, bias=False)
     average = PostHocEMA(
         model, sigma_rels=(0.05, 0.1), update_every=1, checkpoint_folder=str(tmp_path)
@@ -371,7 +367,7 @@ def test_posthoc_is_made_of_the_same_averages(tmp_path):
     assert all(isinstance(ema, KarrasEMA) for ema in average.ema_models)
 
 
-# In bfloat16: an EMA of 1 and then of 3,000 times 2; the others of 1, …, 2 evenly.
+# For bfloat16: 1 and then 3,000 times 2 for an EMA; evenly spaced 1, …, 2 for others.
 JUMP = np.repeat([1.0, 2.0], [2, 3000])[:, None]
 DRIFT = np.linspace(1, 2, 3001)[:, None]
 HALF = {
@@ -398,7 +394,7 @@ HALF = {
 
 
 def half_precision(name: str) -> tuple[np.ndarray, float, float]:
-    """Of 1,000 bfloat16 weights: theirs, ours, and what is right."""
+    """Return averages of 1,000 bfloat16 weights: theirs, ours, and the true value."""
     iterates, make, arguments = HALF[name]
     many = np.repeat(iterates, 1000, axis=1)
     theirs = their_averages(make, many, torch.bfloat16, **arguments)[-1]
@@ -414,11 +410,10 @@ def half_precision(name: str) -> tuple[np.ndarray, float, float]:
 
 
 @pytest.mark.parametrize("name", HALF)
-def test_half_precision(name):
-    """Ours is right; theirs stall, but for timm's, which rounds at random."""
+def test_half_precision_stalls_in_others_and_not_in_ours(name):
     theirs, ours, right = half_precision(name)
     assert ours == pytest.approx(right, rel=2e-6)
-    if name.startswith("timm"):
+    if name.startswith("timm"):  # rounds stochastically
         assert np.mean(theirs) == pytest.approx(right, abs=0.005)
         assert np.std(theirs) > 0.01
     else:
@@ -427,7 +422,7 @@ def test_half_precision(name):
 
 
 def differences(name: str) -> tuple[float, float]:
-    """Over 60 updates in float64: theirs to the rule, ours to theirs."""
+    """Return differences over 60 updates in float64: theirs - rule, ours - theirs."""
     row, iterates = ROWS[name], random_walk()
     if name in NAMES:
         theirs = their_averages(peer_of(name), iterates, **row.arguments)
@@ -441,7 +436,7 @@ def differences(name: str) -> tuple[float, float]:
 
 
 def report() -> Iterator[str]:
-    """What the page shows as measured."""
+    """Yield the lines of numbers on the page."""
     yield "60 updates in float64, difference: theirs to the rule, ours to theirs"
     for name in dict.fromkeys([*NAMES, *LIGHTNING]):
         to_rule, to_theirs = differences(name)
