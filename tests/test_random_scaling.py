@@ -183,6 +183,20 @@ def test_interval_is_accurate_far_from_zero(offset):
     np.testing.assert_allclose((upper + lower) / 2, mean, rtol=0, atol=2 * spacing)
 
 
+def test_spread_is_accurate_for_averages_that_differ_in_their_last_digits():
+    rng, ulp = np.random.default_rng(0), np.spacing(np.float32(1))
+    stream = (1 + ulp * rng.integers(0, 9, (12, 3))).astype(np.float32)
+    scaling = running_random_scaling()
+    state, averages = scaling.init(stream[0]), []
+    for x in stream:
+        state = scaling.update(state, x)
+        averages.append(np.asarray(state.average.value, float))
+    weights = np.arange(1.0, 13) ** 2
+    center = np.average(averages, axis=0, weights=weights)
+    spread = np.average((averages - center) ** 2, axis=0, weights=weights)
+    np.testing.assert_allclose(state.spread, spread, rtol=1e-5)
+
+
 def test_interval_of_a_mean_covers_the_true_value_at_its_level():
     """For independent iterates the limit law of the paper is exact."""
     replications, n = 20_000, 400
@@ -224,8 +238,8 @@ def test_trees_before_the_start_leave_no_trace(bad):
 
 
 def test_intervals_of_vmapped_streams_equal_one_by_one():
-    """With traced starts; the intervals are read from the stacked states."""
-    streams, starts = jnp.asarray(normal(3, 20, 2)), [0, 5, 19]
+    """With traced starts, of which a negative one counts as 0."""
+    streams, starts = jnp.asarray(normal(3, 20, 2)), [-3, 5, 19]
 
     def run(start, stream):
         scaling = running_random_scaling(start=start)
@@ -238,8 +252,8 @@ def test_intervals_of_vmapped_streams_equal_one_by_one():
     apart = jax.jit(jax.vmap(confidence_interval))(states)
     chex.assert_trees_all_close(found, apart, rtol=1e-6)
     for i, start in enumerate(starts):
-        one = feed(streams[i], start=start)
-        assert int(states.averaged[i]) == int(one.averaged) == 20 - start
+        one = feed(streams[i], start=max(start, 0))
+        assert int(states.averaged[i]) == int(one.averaged)
         ends = jax.tree.map(lambda x, i=i: x[i], found)
         chex.assert_trees_all_close(ends, confidence_interval(one), rtol=1e-5)
     assert bool(jnp.isnan(found.lower[2]).all())
