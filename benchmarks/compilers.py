@@ -298,11 +298,15 @@ def traffic(text: str, branch: Callable[..., Any] = max) -> collections.Counter[
 def contractible(ptx: str) -> list[str]:
     """Return the operations of a kernel that are or may become fused multiply-adds.
 
-    The assembler may contract products and sums that specify no rounding (`.rn`).
+    The assembler may contract products and sums that specify no rounding (`.rn`). A
+    fused multiply-add with the constant 1 is a sum: GPUs without a sum in bfloat16
+    have only that.
 
     Args:
       ptx: a kernel in the GPU's assembler, one of `Step.ptx`.
     """
+    for one in re.findall(r"mov\.b16\s+(%\w+), 0x3F80;", ptx):
+        ptx = re.sub(rf"fma\.rn\.bf16\s+%\w+, %\w+, {one}, %\w+;", "", ptx)
     return [
         operation[0]
         for operation in _ARITHMETIC.finditer(ptx)

@@ -102,6 +102,9 @@ def test_contractible_lists_operations_without_a_rounding():
     rounded = "mul.rn.f32 %r3, %r1, %r2;\n add.rn.ftz.f32 %r4, %r3, %r1;\n"
     integers = "mad.lo.s32 %r5, %r1, %r2, %r3;\n add.s64 %rd1, %rd2, %rd3;\n"
     assert compilers.contractible(rounded + integers) == []
+    times_one = "mov.b16 %rs9, 0x3F80; fma.rn.bf16 %rs1, %rs2, %rs9, %rs3;"
+    assert compilers.contractible(times_one) == []
+    assert compilers.contractible(times_one.replace("3F80", "3F81")) != []
     others = "mul.f32 %r3, %r1, %r2;\n fma.rn.f32 %r4, %r1, %r2, %r3;\n sub.bf16x2 %r5;"
     expected = ["mul.f32", "fma.rn.f32", "sub.bf16x2"]
     assert compilers.contractible(rounded + others) == expected
