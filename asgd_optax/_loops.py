@@ -145,6 +145,7 @@ def end_on_average(
         **extra_args: Any,
     ) -> tuple[optax.Updates, EndOnAverageState]:
         checks.check_state(state, EndOnAverageState)
+        checks.check_params_given(updates, params)
         updates, inner = tx.update(updates, state.inner_state, params, **extra_args)
         finished = optax.safe_increment(jnp.asarray(state.finished))
         is_last = finished == split_count(steps)[0]

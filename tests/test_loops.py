@@ -149,7 +149,9 @@ def test_end_on_average_needs_an_average():
         end_on_average(optax.adam(0.1), 3).init(jnp.ones(2))
 
 
-def test_missing_params_error_names_the_remedy():
-    tx = optimizer()
+@pytest.mark.parametrize(
+    "tx", [optimizer(), end_on_average(with_own_params(optimizer()), 3)]
+)
+def test_missing_params_error_names_the_remedy(tx):
     with pytest.raises(ValueError, match="with_own_params"):
         tx.update(jnp.ones(2), tx.init(jnp.ones(2)))

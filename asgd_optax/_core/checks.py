@@ -184,6 +184,15 @@ _EXPECTED = {
 }
 
 
+def check_params_given(updates: optax.Updates, params: optax.Params | None) -> None:
+    """Raise if `update` was called without the parameters."""
+    if params is None and jax.tree.leaves(updates):
+        raise ValueError(
+            "params are missing: call `update(updates, state, params)`, or wrap the"
+            " optimizer in asgd_optax.with_own_params if you cannot change the call"
+        )
+
+
 def check_update(
     updates: optax.Updates, params: optax.Params, kept: Mapping[str, Any]
 ) -> None:
@@ -194,11 +203,7 @@ def check_update(
       params: the parameters, to which everything else is compared.
       kept: the params-shaped trees of a state, by their names for a message.
     """
-    if params is None and jax.tree.leaves(updates):
-        raise ValueError(
-            "params are missing: call `update(updates, state, params)`, or wrap the"
-            " optimizer in asgd_optax.with_own_params if you cannot change the call"
-        )
+    check_params_given(updates, params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(updates, is_leaf=_is_sparse):
         if _is_sparse(leaf):
             raise TypeError(
