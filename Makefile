@@ -94,9 +94,10 @@ test-docs: docs  ## Build the documentation and test it in Chromium
 	$(VENV)-docs/bin/python -m pytest tests/site $(ARGS)
 
 .PHONY: lint
-lint: $(VENV)/.dev  ## Check style and format (ruff)
+lint: $(VENV)/.dev  ## Check style and format (ruff), and workflows (zizmor)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/zizmor --offline --quiet --min-severity medium .github/workflows
 
 .PHONY: types
 types: $(VENV)/.dev  ## Check types (mypy)
