@@ -62,16 +62,23 @@ def lint(session: nox.Session) -> None:
     make(session, "lint", "types")
 
 
+@without_environment
+def newcomer(session: nox.Session) -> None:
+    """Run the README's two commands, the second time without setting up."""
+    make(session, "test", "ARGS=--no-skips -m 'not torch'")
+    make(session, "demo")
+    make(session, "demo")
+
+
 @nox.session(python="3.13")
 def newest(session: nox.Session) -> None:
-    """Run `make test` and `make demo` from the sdist, on the newest Python and jax."""
+    """Run `make test` from the sdist, on the newest Python and jax."""
     build(session)
     (sdist,) = glob.glob("dist/*.tar.gz")
     shutil.unpack_archive(sdist, session.create_tmp(), filter="data")
     (sources,) = pathlib.Path(session.create_tmp()).glob("asgd_optax-*")
     session.chdir(sources)
     make(session, "test", "PYTHON=python", "ARGS=--no-skips -m 'not torch'")
-    make(session, "demo", "PYTHON=python")
 
 
 @nox.session
