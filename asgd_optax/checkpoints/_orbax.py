@@ -63,14 +63,13 @@ def find_part(path: Any, part: str | Sequence[Any] | None) -> Part:
 
 def check_agree(parts: Sequence[Part], like: Any = None) -> Any:
     """Compare parts, and `like`, with the first; return what to restore them as."""
-    targets = [jax.tree.map(_default_target, part.subtree) for part in parts]
-    names = [part.name for part in parts]
+    targets = {p.name: jax.tree.map(_default_target, p.subtree) for p in parts}
     if like is not None:
-        targets, names = [*targets, like], [*names, "like"]
-    first, *others = map(_saved_as, targets)
-    for name, other in zip(names[1:], others, strict=True):
-        trees.check_agree(name, other, names[0], first)
-    return targets[-1]
+        targets["like"] = like
+    (first_name, first), *others = [(n, _saved_as(t)) for n, t in targets.items()]
+    for name, other in others:
+        trees.check_agree(name, other, first_name, first)
+    return [*targets.values()][-1]
 
 
 def read(part: Part, targets: Mapping[Keys, Any]) -> dict[Keys, Any]:
