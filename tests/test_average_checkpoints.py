@@ -1,16 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints that Orbax saved, averaged: what is read, compared and refused."""
+"""`average_checkpoints`: what it reads, sums, restores and compares."""
 
-import json
 import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
-import threading
-import time
-import weakref
 from pathlib import Path
 
 import jax
@@ -22,25 +18,29 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-import asgd_optax
+import asgd_optax.checkpoints
 from asgd_optax import average_iterates, averaged_params
 from asgd_optax.checkpoints import average_checkpoints, decay_coefficients
-from asgd_optax.checkpoints._combine_checkpoints import combine_checkpoints
-from asgd_optax.checkpoints._orbax_checkpoints import read
 from tests.support import bits, enable_x64
 
 COEFFICIENTS = [0.5, -1.25, 1.75]
+OPTIONS = ocp.CheckpointManagerOptions(step_prefix="ckpt", step_format_fixed_length=8)
 
 
 def save(path, tree):
-    """A folder as `StandardCheckpointer` writes it."""
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path, tree)
     return path
 
 
-def arrays(i):
-    """Of every kind that a checkpoint holds; the i-th of several alike."""
+def save_step(folder, step, **kwargs):
+    with ocp.CheckpointManager(folder, options=OPTIONS) as manager:
+        manager.save(step, **kwargs)
+    return folder / f"ckpt_{step:08d}"
+
+
+def make_tree(i):
+    """Return a tree with every kind of leaf; trees differ only in their values."""
     rng = np.random.default_rng(i)
     matrix = rng.standard_normal((4, 6))
     return {
@@ -61,125 +61,118 @@ def arrays(i):
     }
 
 
-def expected(leaves, coefficients=COEFFICIENTS):
-    """One leaf of several checkpoints, in float64 and rounded once; ints: the last."""
-    leaf = np.asarray(leaves[-1])
-    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-        return leaf
-    wide = np.complex128 if leaf.dtype.kind == "c" else np.float64
-    terms = zip(coefficients, leaves, strict=True)
-    return sum(c * np.asarray(x).astype(wide) for c, x in terms).astype(leaf.dtype)
+def key_data(tree):
+    """Return `tree` with the data of its typed PRNG keys."""
+
+    def f(leaf):
+        is_key = jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
+        return jax.random.key_data(leaf) if is_key else leaf
+
+    return jax.tree.map(f, tree)
 
 
 def assert_average(found, trees):
-    """`found` has the leaves of the trees' average, to a rounding."""
-    assert len(jax.tree.leaves(found)) == len(jax.tree.leaves(trees[0]))
-    for actual, *leaves in zip(
-        jax.tree.leaves(found), *map(jax.tree.leaves, trees), strict=True
-    ):
-        if jnp.issubdtype(getattr(leaves[0], "dtype", None), jax.dtypes.prng_key):
-            leaves = [jax.random.key_data(leaf) for leaf in leaves]
-        wanted = expected(leaves)
-        assert actual.dtype == wanted.dtype
-        assert actual.shape == wanted.shape
-        if jnp.issubdtype(wanted.dtype, jnp.inexact):
-            eps = float(jnp.finfo(wanted.dtype).eps)
-            np.testing.assert_allclose(
-                *(np.asarray(x).astype(np.complex128) for x in (actual, wanted)),
-                rtol=2 * eps,
-                atol=1e-12,
-            )
-        else:
-            np.testing.assert_array_equal(actual, wanted)
+    """Assert that `found` is the sum of the trees, to one rounding per leaf."""
+    leaves = [jax.tree.leaves(key_data(tree)) for tree in trees]
+    found = jax.tree.leaves(found)
+    assert len(found) == len(leaves[0])
+    for actual, *terms in zip(found, *leaves, strict=True):
+        terms = [np.asarray(term) for term in terms]
+        assert actual.dtype == terms[0].dtype
+        assert actual.shape == terms[0].shape
+        if not jnp.issubdtype(actual.dtype, jnp.inexact):
+            np.testing.assert_array_equal(actual, terms[-1])
+            continue
+        expected = sum(
+            c * term.astype(np.complex128)
+            for c, term in zip(COEFFICIENTS, terms, strict=True)
+        )
+        rounding = 2 * float(jnp.finfo(actual.dtype).eps)
+        actual = np.asarray(actual).astype(np.complex128)
+        np.testing.assert_allclose(actual, expected, rtol=rounding, atol=1e-12)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The folders of three checkpoints, and what was saved."""
+    """Return the folders of three checkpoints and what was saved in them."""
     folder = tmp_path_factory.mktemp("run")
-    trees = [arrays(i) for i in range(3)]
+    trees = [make_tree(i) for i in range(3)]
     return [save(folder / str(i), tree) for i, tree in enumerate(trees)], trees
 
 
-def test_every_kind_of_leaf(run):
+def test_average_has_every_kind_of_leaf_as_numpy(run):
     paths, trees = run
     found = average_checkpoints(paths, COEFFICIENTS)
     assert_average(found, trees)
     assert all(isinstance(x, np.ndarray | np.generic) for x in jax.tree.leaves(found))
-    # As it lies there: in dicts and lists.
     assert found["state"][0].keys() == {"step", "none", "empty"}
     assert found["state"][0]["none"] is None
     assert found["count"] == 2
     np.testing.assert_array_equal(found["rng"]["typed"], [0, 2])
-    assert found["rate"] == 0.5 * 0 - 1.25 * 0.5 + 1.75 * 1
 
 
-def test_uniform_by_default(run):
+def test_coefficients_are_uniform_by_default(run):
     paths, trees = run
     found = average_checkpoints([str(path) for path in paths], part="params/float32")
-    wanted = np.mean([np.float64(t["params"]["float32"]) for t in trees], 0)
-    np.testing.assert_allclose(found, wanted, rtol=2e-7)
+    expected = np.mean([np.float64(t["params"]["float32"]) for t in trees], 0)
+    np.testing.assert_allclose(found, expected, rtol=2e-7)
     assert found.dtype == np.float32
 
 
-def test_one_path_and_paths_given_twice(run):
+def test_average_of_one_checkpoint_is_exact(run):
     paths, trees = run
     for several in ([paths[1]], (paths[1],) * 3, iter([paths[1]])):
         found = average_checkpoints(several)
         assert bits(found["params"]) == bits(trees[1]["params"])
-    found = average_checkpoints([paths[0], paths[0], paths[2]], [-1.0, 1.0, 1.0])
-    assert bits(found["params"]) == bits(trees[2]["params"])
 
 
-def test_relative_paths(run, monkeypatch):
+def test_paths_may_be_relative(run, monkeypatch):
     paths, trees = run
     monkeypatch.chdir(paths[0].parent)
     assert_average(average_checkpoints(["0", Path("1"), "./2"], COEFFICIENTS), trees)
 
 
 @pytest.mark.parametrize(
-    ("part", "of"),
+    ("part", "keys"),
     [
-        ("params", lambda tree: tree["params"]),
-        ("state/1/float64", lambda tree: tree["state"][1]["float64"]),
-        (("state", 1), lambda tree: tree["state"][1]),
-        (["state", "0"], lambda tree: tree["state"][0]),
-        ("rate", lambda tree: tree["rate"]),
-        ("rng/typed", lambda tree: tree["rng"]["typed"]),
-        ((), lambda tree: tree),
-        (None, lambda tree: tree),
+        ("params", ["params"]),
+        ("state/1/float64", ["state", 1, "float64"]),
+        (("state", 1), ["state", 1]),
+        (["state", "0"], ["state", 0]),
+        ("rate", ["rate"]),
+        ("rng/typed", ["rng", "typed"]),
+        ((), []),
     ],
-    # Not of the functions, whose names differ in every worker.
-    ids=lambda value: "" if callable(value) else str(value),
+    ids=str,
 )
-def test_parts(run, part, of):
+def test_part_selects_a_subtree(run, part, keys):
     paths, trees = run
-    found = average_checkpoints(paths, COEFFICIENTS, part=part)
-    assert_average(found, [of(tree) for tree in trees])
+    for key in keys:
+        trees = [tree[key] for tree in trees]
+    assert_average(average_checkpoints(paths, COEFFICIENTS, part=part), trees)
 
 
-def test_a_part_without_arrays(run):
+def test_part_without_arrays_is_returned_as_saved(run):
     paths, _ = run
     assert average_checkpoints(paths, part="state/0/empty") == ()
     assert average_checkpoints(paths, part="state/0/none") is None
 
 
-def test_keys_with_a_slash(tmp_path):
-    paths = [save(tmp_path / str(i), {"a/b": {"c": np.full(2, i)}}) for i in (1, 2)]
-    found = average_checkpoints(paths, part=("a/b", "c"))
-    np.testing.assert_array_equal(found, [2, 2])  # integers: the last
+def test_part_may_be_a_tuple_of_keys_with_a_slash(tmp_path):
+    path = save(tmp_path / "1", {"a/b": {"c": np.full(2, 1.0)}})
+    found = average_checkpoints([path], part=("a/b", "c"))
+    np.testing.assert_array_equal(found, [1, 1])
 
 
 if sys.platform == "linux":
 
-    def bytes_read():
-        with open("/proc/self/io") as counts:
-            return int(counts.readline().removeprefix("rchar: "))
+    def test_only_the_part_is_read(tmp_path):
+        def bytes_read():
+            counts = Path("/proc/self/io").read_text()
+            return int(counts.splitlines()[0].removeprefix("rchar: "))
 
-    def test_no_other_part_is_read(tmp_path):
         numbers = np.random.default_rng(0).standard_normal(2**22)
-        tree = {"params": np.ones(100), "other": numbers}
-        path = save(tmp_path / "1", tree)
+        path = save(tmp_path / "1", {"params": np.ones(100), "other": numbers})
         before = bytes_read()
         average_checkpoints([path], part="params")
         part = bytes_read() - before
@@ -189,133 +182,105 @@ if sys.platform == "linux":
         assert part < numbers.nbytes / 8
 
 
-def manager_step(folder, step, **kwargs):
-    with ocp.CheckpointManager(folder, options=OPTIONS) as manager:
-        manager.save(step, **kwargs)
-    return folder / f"ckpt_{step:08d}"
-
-
-OPTIONS = ocp.CheckpointManagerOptions(step_prefix="ckpt", step_format_fixed_length=8)
-
-
-def test_a_step_with_one_item(run, tmp_path):
-    """Its name is Orbax's own, with or without metrics beside it; or one's own."""
+def test_step_with_one_item_needs_no_item_name(run, tmp_path):
     _, trees = run
     first, second, third = (ocp.args.StandardSave(tree) for tree in trees)
-    unnamed = manager_step(tmp_path / "unnamed", 10, args=first)
-    measured = manager_step(tmp_path / "measured", 20, args=second, metrics={"a": 1.0})
-    named = manager_step(tmp_path / "named", 30, args=ocp.args.Composite(train=third))
-    paths = [unnamed, measured, named]
-    assert_average(average_checkpoints(paths, COEFFICIENTS), trees)
-    found = average_checkpoints(paths, COEFFICIENTS, part="params")
-    assert_average(found, [tree["params"] for tree in trees])
-    for part in ("train", "train/params"):
-        found = average_checkpoints([named], part=part)
-        wanted = trees[2] if part == "train" else trees[2]["params"]
-        assert bits(jax.tree.leaves(found)[1]) == bits(jax.tree.leaves(wanted)[1])
-
-
-def test_a_step_with_several_items(run, tmp_path):
-    _, trees = run
+    named = ocp.args.Composite(train=third)
     paths = [
-        manager_step(
-            tmp_path / "run",
-            i,
-            args=ocp.args.Composite(
-                weights=ocp.args.StandardSave(tree["params"]),
-                state=ocp.args.PyTreeSave(tree["state"]),
-                config=ocp.args.JsonSave({"i": i}),
-            ),
-        )
-        for i, tree in enumerate(trees)
+        save_step(tmp_path / "unnamed", 10, args=first),
+        save_step(tmp_path / "measured", 20, args=second, metrics={"a": 1.0}),
+        save_step(tmp_path / "named", 30, args=named),
     ]
+    for part, of in ((None, trees), ("params", [tree["params"] for tree in trees])):
+        assert_average(average_checkpoints(paths, COEFFICIENTS, part=part), of)
+    found = average_checkpoints(paths[2:], part="train/params")
+    assert bits(found) == bits(trees[2]["params"])
+
+
+def test_step_with_several_items_needs_an_item_name(run, tmp_path):
+    _, trees = run
+    items = [
+        ocp.args.Composite(
+            weights=ocp.args.StandardSave(tree["params"]),
+            state=ocp.args.PyTreeSave(tree["state"]),
+            config=ocp.args.JsonSave({"i": 1}),
+        )
+        for tree in trees
+    ]
+    paths = [save_step(tmp_path / "run", i, args=item) for i, item in enumerate(items)]
     found = average_checkpoints(paths, COEFFICIENTS, part="weights")
     assert_average(found, [tree["params"] for tree in trees])
     found = average_checkpoints(paths, COEFFICIENTS, part="state/1/float64")
     assert_average(found, [tree["state"][1]["float64"] for tree in trees])
     for part in (None, "params/float32"):
-        message = "'state', 'weights': the first key of part must be one of them; got"
-        with pytest.raises(ValueError, match=re.escape(f"{message} {part!r}")):
+        with pytest.raises(ValueError, match="must begin with 'state', 'weights'"):
             average_checkpoints(paths, part=part)
 
 
-def trained(model, tx, steps):
-    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    grads = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
-    for _ in range(steps):
-        optimizer.update(model, grads)
-    return {"model": nnx.state(model), "opt_state": optimizer.opt_state}
-
-
-def test_what_nnx_saves(tmp_path):
-    """A list of layers, BatchNorm's statistics, and an average in an optimizer."""
-    tx = optax.chain(optax.sgd(0.1), average_iterates())
+def test_average_of_nnx_states(tmp_path):
+    """Average a model and the average that its optimizer keeps."""
 
     class Model(nnx.Module):
         def __init__(self):
-            rngs = nnx.Rngs(0)
-            layers = [nnx.Linear(3, 2, rngs=rngs), nnx.BatchNorm(2, rngs=rngs)]
-            self.layers = nnx.List(layers)
+            self.layers = nnx.List([nnx.Linear(3, 2, rngs=nnx.Rngs(0))])
 
-    states = [trained(Model(), tx, steps) for steps in (1, 4)]
+    def trained(steps):
+        model = Model()
+        tx = optax.chain(optax.sgd(0.1), average_iterates())
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        for _ in range(steps):
+            optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model)))
+        return {"model": nnx.state(model), "opt_state": optimizer.opt_state}
+
+    states = [trained(steps) for steps in (1, 4)]
     paths = [save(tmp_path / str(i), state) for i, state in enumerate(states)]
-    found = average_checkpoints(paths, [-2, 3], part="model/layers/0/kernel/value")
-    kernels = [
-        np.asarray(state["model"]["layers"][0]["kernel"][...]) for state in states
-    ]
-    np.testing.assert_allclose(found, 3 * kernels[1] - 2 * kernels[0], rtol=1e-6)
-
-    like = jax.tree.map(jnp.zeros_like, states[0]["model"])
-    found = average_checkpoints(paths, [-2, 3], part="model", like=like)
-    assert jax.tree.structure(found) == jax.tree.structure(like)
-    np.testing.assert_allclose(
-        found["layers"][0]["kernel"][...], 3 * kernels[1] - 2 * kernels[0], rtol=1e-6
-    )
+    like = states[0]["model"]
+    found = average_checkpoints(paths, part="model", like=like)
     nnx.update(Model(), found)
-
-    like = averaged_params(states[0]["opt_state"])
-    found = average_checkpoints(paths, part="opt_state/1/average", like=like)
-    assert jax.tree.structure(found) == jax.tree.structure(like)
     means = [averaged_params(state["opt_state"]) for state in states]
-    for actual, first, last in zip(*map(jax.tree.leaves, (found, *means)), strict=True):
-        np.testing.assert_allclose(actual, (first + last) / 2, rtol=1e-6)
+    found_mean = average_checkpoints(paths, part="opt_state/1/average", like=means[0])
+    for average, first, second in (
+        (found, like, states[1]["model"]),
+        (found_mean, *means),
+    ):
+        expected = jax.tree.map(lambda a, b: (a + b) / 2, first, second)
+        assert jax.tree.structure(average) == jax.tree.structure(first)
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), average, expected
+        )
 
 
-def on_mesh(shape, tree, spec):
+def on_mesh(shape, tree, *spec):
     devices = np.array(jax.devices()[: np.prod(shape)]).reshape(shape)
     sharding = NamedSharding(Mesh(devices, ("x", "y")), PartitionSpec(*spec))
     return jax.tree.map(lambda x: jax.device_put(x, sharding), tree)
 
 
-def matrices(i, dtype="float32"):
-    rng = np.random.default_rng(i)
-    return {"a": {"b": jnp.asarray(rng.standard_normal((8, 16)), dtype)}}
-
-
 @pytest.mark.parametrize("abstract", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_onto_another_mesh(abstract, dtype, tmp_path):
-    """Saved from eight devices; onto all, four and two of them in other layouts."""
-    trees = [matrices(i, dtype) for i in range(3)]
+def test_like_restores_onto_another_mesh(abstract, dtype, tmp_path):
+    """Save from eight devices, restore onto eight, four and two."""
+    trees = [
+        {"a": {"b": jax.random.normal(jax.random.key(i), (8, 16), dtype)}}
+        for i in range(3)
+    ]
     paths = [
-        save(tmp_path / str(i), on_mesh((4, 2), tree, ("x", "y")))
+        save(tmp_path / str(i), on_mesh((4, 2), tree, "x", "y"))
         for i, tree in enumerate(trees)
     ]
-    on_host = average_checkpoints(paths, COEFFICIENTS)
-    assert_average(on_host, trees)
     for shape, spec in [((4, 2), ("y", "x")), ((2, 2), ("x",)), ((2, 1), (None, "x"))]:
-        like = on_mesh(shape, matrices(9, dtype), spec)
-        target = (
-            jax.tree.map(ocp.tree.to_shape_dtype_struct, like) if abstract else like
-        )
-        found = average_checkpoints(paths, COEFFICIENTS, like=target)
+        like = on_mesh(shape, trees[0], *spec)
+        sharding = like["a"]["b"].sharding
+        if abstract:
+            like = jax.tree.map(ocp.tree.to_shape_dtype_struct, like)
+        found = average_checkpoints(paths, COEFFICIENTS, like=like)
         assert_average(found, trees)
-        assert found["a"]["b"].sharding == like["a"]["b"].sharding
-        assert bits(average_checkpoints(paths[:1], like=target)) == bits(trees[0])
+        assert found["a"]["b"].sharding == sharding
+        assert bits(average_checkpoints(paths[:1], like=like)) == bits(trees[0])
 
 
-def test_targets_of_many_kinds(run):
-    """Typed nodes; NumPy where there is no sharding; keys typed, and as integers."""
+def test_like_decides_the_kind_of_each_leaf(run):
+    """Restore onto a device, as NumPy without a sharding, as keys and as integers."""
     paths, trees = run
     sharding = SingleDeviceSharding(jax.devices()[5])
     like = {
@@ -329,31 +294,26 @@ def test_targets_of_many_kinds(run):
     }
     found = average_checkpoints(paths, COEFFICIENTS, like=like)
     assert jax.tree.structure(found) == jax.tree.structure(like)
-    assert type(found["state"]) is tuple
     assert found["params"]["complex"].sharding == sharding
     assert type(found["params"]["float16"]) is np.ndarray
     assert type(found["state"][1]["float64"]) is np.ndarray
     assert found["rng"]["typed"].dtype == jax.random.key(0).dtype
     assert type(found["rate"]) is np.float64
     assert type(found["count"]) is np.int64
-    found["rng"]["typed"] = jax.random.key_data(found["rng"]["typed"])
-    assert_average(found, trees)
+    assert_average(key_data(found), trees)
 
     key = jax.eval_shape(lambda: jax.random.key(0))
     found = average_checkpoints(paths, part="rng/typed", like=key)
     assert bits(jax.random.key_data(found)) == bits(np.array([0, 2], np.uint32))
-    assert found.devices() == {jax.devices()[0]}
-
     like = {"typed": np.zeros(2, np.uint32), "raw": jnp.zeros(2, jnp.uint32)}
     found = average_checkpoints(paths, part="rng", like=like)
     assert bits(found["typed"]) == bits(np.array([0, 2], np.uint32))
     assert isinstance(found["typed"], np.ndarray)
     assert isinstance(found["raw"], jax.Array)
-    like = {"typed": jax.device_put(like["raw"], sharding), "raw": like["typed"]}
-    found = average_checkpoints(paths, part="rng", like=like)
-    assert found["typed"].sharding == sharding
-    assert bits(found["typed"]) == bits(np.array([0, 2], np.uint32))
-    assert isinstance(found["raw"], np.ndarray)
+    like = jax.device_put(jnp.zeros(2, jnp.uint32), sharding)
+    found = average_checkpoints(paths, part="rng/typed", like=like)
+    assert found.sharding == sharding
+    assert bits(found) == bits(np.array([0, 2], np.uint32))
 
 
 SAVED = {"a": np.ones((2, 3), np.float32), "b": [np.ones(2), np.arange(2)], "c": 1.5}
@@ -362,252 +322,119 @@ SAVED = {"a": np.ones((2, 3), np.float32), "b": [np.ones(2), np.arange(2)], "c":
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"d": np.ones(1)}, " has a leaf 'p/d', which {} has not"),
-        ({"b": np.ones(2)}, " has no leaf 'p/b/0', which {} has"),
-        ({"b": [np.ones(2)]}, " has no leaf 'p/b/1', which {} has"),
+        ({"d": np.ones(1)}, "unexpected in {}: ['d']"),
+        ({"b": [np.ones(2)]}, "missing from {}: ['b']['1']"),
         (
             {"a": np.ones((3, 2), np.float32)},
-            ": 'p/a' has shape (3, 2), that of {} (2, 3)",
+            "{}['a'] has shape (3, 2), but {first}['a'] has shape (2, 3)",
         ),
-        ({"a": np.ones((2, 3))}, ": 'p/a' has dtype float64, that of {} float32"),
-        (
-            {"b": [np.ones(2), np.ones(2, np.int32)]},
-            ": 'p/b/1' has dtype int32, that of {} int64",
-        ),
-        ({"c": 1}, ": 'p/c' has dtype int64, that of {} float64"),
+        ({"a": np.ones((2, 3))}, "{}['a'] is float64, but {first}['a'] is float32"),
+        ({"c": 1}, "{}['c'] is int64, but {first}['c'] is float64"),
     ],
 )
-def test_what_differs_is_named_before_anything_is_read(
+def test_leaf_that_differs_is_named_before_reading(
     change, message, tmp_path, monkeypatch
 ):
     first = save(tmp_path / "first", {"p": SAVED})
     other = save(tmp_path / "other", {"p": SAVED | change})
-
-    def refuse(*_):
-        raise AssertionError("something was read")
-
-    monkeypatch.setattr("asgd_optax.checkpoints._orbax_checkpoints.read", refuse)
-    message = message.format(first)
-    with pytest.raises(ValueError, match=re.escape(f"{other}{message}")):
+    monkeypatch.setattr("asgd_optax.checkpoints._orbax.read", None)
+    names = {"first": f"{first}['p']"}
+    expected = re.escape(message.format(f"{other}['p']", **names))
+    with pytest.raises(ValueError, match=expected):
         average_checkpoints([first, first, other], part="p")
-    with pytest.raises(ValueError, match=re.escape(f"{other}{message}")):
-        average_checkpoints([first, other], part="p")
-    with pytest.raises(ValueError, match=re.escape(f"like{message}")):
+    expected = re.escape(message.format("like", **names))
+    with pytest.raises(ValueError, match=expected):
         average_checkpoints([first], part="p", like=SAVED | change)
 
 
-def test_a_target_is_not_padded_nor_cut_nor_cast(tmp_path):
-    path = save(tmp_path / "1", {"w": jnp.ones((4, 4))})
-    for like in (jnp.ones((4, 8)), jnp.ones((2, 4)), jnp.ones((4, 4), jnp.bfloat16)):
-        with pytest.raises(ValueError, match="like: 'w' has"):
-            average_checkpoints([path], like={"w": like})
-
-
-def test_a_target_of_64_bits(tmp_path):
-    """Of NumPy, or refused where JAX would make 32 of them."""
+def test_like_of_64_bits_needs_x64(tmp_path):
     path = save(tmp_path / "1", {"w": np.arange(3.0)})
     sharding = SingleDeviceSharding(jax.devices()[0])
     like = {"w": jax.ShapeDtypeStruct((3,), np.float64, sharding=sharding)}
-    with pytest.raises(ValueError, match="like: 'w' is float64, of which JAX makes no"):
+    with pytest.raises(ValueError, match=r"like\['w'\] is float32, but .* is float64"):
         average_checkpoints([path], like=like)
     with enable_x64(True):
         found = average_checkpoints([path], like=like)["w"]
         assert isinstance(found, jax.Array)
         assert found.dtype == np.float64
-    like = {"w": jax.ShapeDtypeStruct((3,), np.float64)}
-    assert average_checkpoints([path], like=like)["w"].dtype == np.float64
 
 
-def test_a_key_is_not_made_of_integers(tmp_path):
+def test_like_with_a_key_raises_for_saved_integers(tmp_path):
     path = save(tmp_path / "1", {"k": jax.random.PRNGKey(0)})
-    with pytest.raises(
-        ValueError,
-        match=re.escape(f"'k' is a key of random numbers, that of {path} is"),
-    ):
+    with pytest.raises(ValueError, match=re.escape(f"PRNG key at k, but {path} has")):
         average_checkpoints([path], like={"k": jax.random.key(0)})
 
 
-def test_what_is_not_there(run, tmp_path):
+def test_path_without_a_finished_checkpoint_is_named(run, tmp_path):
     paths, _ = run
-    missing = tmp_path / "missing"
-    with pytest.raises(FileNotFoundError, match=re.escape(str(missing))):
-        average_checkpoints([*paths, missing])
-    file = tmp_path / "file"
-    file.write_text("")
-    with pytest.raises(
-        ValueError, match=re.escape(f"{file} is no checkpoint, but a f")
+    missing, empty = tmp_path / "missing", tmp_path / "empty"
+    empty.mkdir()
+    unfinished = tmp_path / "3.orbax-checkpoint-tmp-1234"
+    shutil.copytree(paths[1], unfinished)
+    broken = shutil.copytree(paths[1], tmp_path / "broken")
+    (broken / "_METADATA").write_text("{")
+    for path, error, message in (
+        (missing, FileNotFoundError, f"no checkpoint folder {missing}"),
+        (empty, ValueError, f"{empty} is not an Orbax checkpoint"),
+        (unfinished, ValueError, f"{unfinished} is unfinished"),
+        (broken, ValueError, f"cannot read the metadata of {broken}"),
     ):
-        average_checkpoints([*paths, file])
-    for folder in (tmp_path, tmp_path / "other"):
-        folder.mkdir(exist_ok=True)
-        with pytest.raises(ValueError, match=re.escape(f"{folder} is no checkpoint:")):
-            average_checkpoints([*paths, folder])
+        with pytest.raises(error, match=re.escape(message)):
+            average_checkpoints([*paths, path])
+
+
+@pytest.mark.parametrize("like", [None, {"w": jnp.ones(10**5)}])
+def test_checkpoint_with_truncated_data_is_named(like, tmp_path):
+    numbers = np.random.default_rng(0).random(10**5, np.float32)
+    paths = [save(tmp_path / str(i), {"w": numbers}) for i in range(2)]
+    data = max(paths[1].glob("**/d/*"), key=lambda path: path.stat().st_size)
+    os.truncate(data, data.stat().st_size // 2)
+    with pytest.raises(ValueError, match=re.escape(f"cannot read {paths[1]}")):
+        average_checkpoints(paths, like=like)
 
 
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        ("weights", "no 'weights' in its tree: there is 'count', 'params', 'rate',"),
-        ("params/w", "no 'w' in params: there is 'bfloat16', 'complex', 'float16',"),
-        ("state/2", "no '2' in state: there is '0', '1'"),
-        ("state/-1", "no '-1' in state"),
-        ("rate/x", "no 'x' in rate: there is nothing below it"),
-        ("params/", "no '' in params"),
-        ("", "no '' in its tree"),
+        ("weights", "'weights' in {}; available: 'count', 'params', 'rate', 'rng', 's"),
+        ("params/w", "'w' in {}['params']; available: 'bfloat16', 'complex', 'float16"),
+        ("state/2", "'2' in {}['state']; available: '0', '1'"),
+        ("state/-1", "'-1' in {}['state']"),
+        ("rate/x", "'x' in {}['rate']; available: none"),
+        ("", "'' in {}"),
     ],
 )
-def test_a_part_that_is_not_there(run, part, message):
+def test_missing_part_is_named(run, part, message):
     paths, _ = run
-    with pytest.raises(ValueError, match=re.escape(f"{paths[0]} has {message}")):
+    expected = re.escape("no key " + message.format(paths[0]))
+    with pytest.raises(ValueError, match=expected):
         average_checkpoints(paths, part=part)
-
-
-def test_an_unfinished_save(run, tmp_path):
-    paths, _ = run
-    unfinished = tmp_path / "3.orbax-checkpoint-tmp-1234"
-    shutil.copytree(paths[1], unfinished)
-    with pytest.raises(ValueError, match=re.escape(f"{unfinished} is unfinished")):
-        average_checkpoints([*paths, unfinished])
-
-
-def test_broken_metadata(run, tmp_path):
-    paths, _ = run
-    for name, text in [("no_json", "{"), ("other_json", json.dumps({"a": 1}))]:
-        broken = shutil.copytree(paths[1], tmp_path / name)
-        (broken / "_METADATA").write_text(text)
-        message = f"{broken}: its metadata cannot be read"
-        with pytest.raises(ValueError, match=re.escape(message)):
-            average_checkpoints([*paths, broken])
-
-
-@pytest.mark.parametrize("how", ["cut", "gone"])
-def test_broken_data(how, tmp_path):
-    trees = [{"w": jnp.asarray(np.random.default_rng(i).random(10**5))} for i in (0, 1)]
-    paths = [save(tmp_path / str(i), tree) for i, tree in enumerate(trees)]
-    data = max(paths[1].glob("**/d/*"), key=lambda path: path.stat().st_size)
-    if how == "cut":
-        os.truncate(data, data.stat().st_size // 2)
-    else:
-        data.unlink()
-    for like in (None, trees[0]):
-        with pytest.raises(ValueError, match=re.escape(f"{paths[1]} cannot be read")):
-            average_checkpoints(paths, like=like)
 
 
 @pytest.mark.parametrize(
     ("paths", "coefficients", "error", "message"),
     [
-        ("run/1", None, TypeError, "paths must be several; got 'run/1'"),
-        (Path("run/1"), None, TypeError, "paths must be several; got PosixPath("),
+        ("run/1", None, TypeError, "a sequence of paths; got the path 'run/1'"),
+        (Path("run/1"), None, TypeError, "paths must be a sequence of paths; got"),
         ([], None, ValueError, "paths must be one or more; got none"),
-        (["a"], [0.5, 0.5], ValueError, "there are 1 paths, and 2 coefficients"),
-        (["a", "b"], 0.5, ValueError, "one or more numbers in a row; got shape ()"),
+        (["a"], [0.5, 0.5], ValueError, "got 1 paths but 2 coefficients"),
+        (["a", "b"], [0.5, np.nan], ValueError, "coefficients must be finite"),
+        (["a", "b"], ["1", "2"], TypeError, "coefficients must be real numbers"),
     ],
 )
-def test_bad_arguments(paths, coefficients, error, message):
+def test_bad_arguments_raise_before_reading(paths, coefficients, error, message):
     with pytest.raises(error, match=re.escape(message)):
         average_checkpoints(paths, coefficients)
 
 
-def test_coefficients_are_checked_before_anything_is_read(run, monkeypatch):
-    paths, _ = run
-    monkeypatch.setattr("asgd_optax.checkpoints._orbax_checkpoints.find_part", None)
-    with pytest.raises(ValueError, match="coefficients must be finite"):
-        average_checkpoints(paths, [1.0, np.nan, 0.0])
-    with pytest.raises(TypeError, match="coefficients must be real numbers"):
-        average_checkpoints(paths, ["1", "2", "3"])
-    with pytest.raises(TypeError, match="part must be a string or a tuple of keys"):
-        average_checkpoints(paths, part=3)
-
-
-@pytest.mark.parametrize("groups", [1, 4])
-def test_what_is_held(groups, tmp_path, monkeypatch):
-    """Of a checkpoint that is one group, none beside it; else two groups at a time."""
-    trees = [{str(n): np.full(8, float(n + i)) for n in range(12)} for i in range(3)]
-    paths = [save(tmp_path / str(i), tree) for i, tree in enumerate(trees)]
-    earlier, begun = [], []
-
-    def alive(at_most):
-        """The groups held; a thread that has read has a moment to let go of them."""
-        for _ in range(200):
-            held = [refs for refs in earlier if any(ref() is not None for ref in refs)]
-            if len(held) <= at_most:
-                break
-            time.sleep(0.01)
-        return len(held)
-
-    def recording(part, leaves, targets=None):
-        begun.append((part.path, *leaves))
-        # In a thread of its own it may begin before the one but last is let go.
-        at_most = 0 if groups == 1 or targets else 2
-        assert alive(at_most) <= at_most
-        found = read(part, leaves, targets)
-        earlier.append([weakref.ref(value) for value in found.values()])
-        return found
-
-    monkeypatch.setattr("asgd_optax.checkpoints._orbax_checkpoints.read", recording)
-    monkeypatch.setattr("asgd_optax.checkpoints._combine_checkpoints._LEAST", 1)
-    monkeypatch.setattr("asgd_optax.checkpoints._combine_checkpoints._GROUPS", groups)
-    told = []
-    for like in (None, trees[0]):
-        found = combine_checkpoints(
-            paths, COEFFICIENTS, like=like, progress=lambda *told_: told.append(told_)
-        )
-        assert_average(found, trees)
-        assert alive(0) == 0
-        # All leaves of all checkpoints, once, a group after another.
-        assert len(begun) == len(told) == 3 * groups
-        assert len({leaf for _, *leaves in begun for leaf in leaves}) == 12
-        assert len({(path, leaf) for path, *leaves in begun for leaf in leaves}) == 36
-        assert [path.name for path, *_ in begun] == ["0", "1", "2"] * groups
-        size = 12 * 8 * 8
-        assert told == [
-            (n * size // groups, 3 * size) for n in range(1, 3 * groups + 1)
-        ]
-        for kept in (earlier, begun, told):
-            kept.clear()
-
-
-def test_a_group_of_more_than_half_is_not_read_ahead(tmp_path, monkeypatch):
-    """It would be held together with another one."""
-    path = save(tmp_path / "1", {"a": np.ones(1), "b": np.ones(100)})
-    threads = []
-
-    def recording(*arguments):
-        threads.append(threading.current_thread())
-        return read(*arguments)
-
-    monkeypatch.setattr("asgd_optax.checkpoints._orbax_checkpoints.read", recording)
-    monkeypatch.setattr("asgd_optax.checkpoints._combine_checkpoints._LEAST", 1)
-    monkeypatch.setattr("asgd_optax.checkpoints._combine_checkpoints._GROUPS", 101)
-    average_checkpoints([path])
-    assert threads == 2 * [threading.current_thread()]
-
-
-def test_a_reader_that_fails(run, monkeypatch):
-    """Its error comes through, from its thread too."""
-    paths, _ = run
-
-    def failing(part, *arguments):
-        if part.path.name == "2":
-            raise ValueError(f"{part.path} cannot be read")
-        return read(part, *arguments)
-
-    monkeypatch.setattr("asgd_optax.checkpoints._orbax_checkpoints.read", failing)
-    for least in (1, 2**26):
-        monkeypatch.setattr("asgd_optax.checkpoints._combine_checkpoints._LEAST", least)
-        with pytest.raises(ValueError, match=re.escape(f"{paths[2]} cannot be read")):
-            average_checkpoints(paths)
-
-
 if platform.libc_ver()[0] == "glibc":
 
-    def test_memory_does_not_grow_with_the_checkpoints(tmp_path):
-        """Arrays of 4 MiB: what glibc keeps of them, unless it is asked."""
+    def test_memory_does_not_grow_with_the_number_of_checkpoints(tmp_path):
+        """glibc would keep freed arrays of 4 MiB in every thread that read some."""
         program = """
 import sys
 from pathlib import Path
-from asgd_optax.checkpoints import average_checkpoints, decay_coefficients
+from asgd_optax.checkpoints import average_checkpoints
 
 def peak():
     status = Path("/proc/self/status").read_text()
@@ -616,10 +443,8 @@ def peak():
 large, small = ([Path(folder)] for folder in sys.argv[1:])
 average_checkpoints(small)
 before = peak()
-average_checkpoints(large)
-one = peak() - before
 average_checkpoints(large * 12)
-print(one, peak() - before)
+print(peak() - before)
 """
         numbers = np.random.default_rng(0).random((16, 2**20), np.float32)
         large = {f"leaf {n}": row for n, row in enumerate(numbers)}
@@ -631,19 +456,13 @@ print(one, peak() - before)
             stdout=subprocess.PIPE,
             check=True,
         ).stdout
-        one, twelve = (int(number) / numbers.nbytes for number in out.split())
-        # The sum, in float64, is twice what one is; reading takes up to twice as much.
-        assert one > 3
-        assert twelve < 5.5
+        assert int(out) < 4 * numbers.nbytes
 
 
-def test_without_orbax(run, monkeypatch):
-    """The error says what to install; the coefficients do without."""
-    for name in ("_combine_checkpoints", "_orbax_checkpoints"):
-        monkeypatch.delitem(sys.modules, f"asgd_optax.{name}", raising=False)
-        monkeypatch.delattr(asgd_optax, name, raising=False)
+def test_missing_orbax_is_named_with_the_extra(run, monkeypatch):
+    monkeypatch.delitem(sys.modules, "asgd_optax.checkpoints._orbax", raising=False)
+    monkeypatch.delattr(asgd_optax.checkpoints, "_orbax", raising=False)
     monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
-    message = "needs orbax.checkpoint: pip install 'asgd_optax[checkpoints]'"
-    with pytest.raises(ModuleNotFoundError, match=re.escape(message)):
+    with pytest.raises(ModuleNotFoundError, match=r"orbax\.checkpoint.*\[checkpoints"):
         average_checkpoints(run[0])
     assert len(decay_coefficients(3)) == 3

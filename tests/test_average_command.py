@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command that merges steps of a run: what it chooses, writes and leaves."""
+"""`python -m asgd_optax.checkpoints`: what it averages, writes and leaves."""
 
 import json
 import os
@@ -15,21 +15,19 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-import asgd_optax
-from asgd_optax.checkpoints import (
-    _orbax_checkpoints,
-    average_checkpoints,
-    decay_coefficients,
-)
+import asgd_optax.checkpoints
+from asgd_optax.checkpoints import _orbax, average_checkpoints, decay_coefficients
 from asgd_optax.checkpoints.__main__ import main
 from tests.support import bits
 
 ROOT = Path(__file__).parents[1]
-STEPS = [2, 10, 100]  # in another order by their names
+STEPS = [2, 10, 100]  # sorted by name they would be 10, 100, 2
 PROGRAM = "python -m asgd_optax.checkpoints: error: "
+# Without the eight devices of these tests.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
 
 
-def state(step):
+def make_state(step):
     rng = np.random.default_rng(step)
     return {
         "params": {
@@ -48,7 +46,7 @@ def save(run, steps, **options):
     options = ocp.CheckpointManagerOptions(**options)
     with ocp.CheckpointManager(run, options=options) as manager:
         for step in steps:
-            manager.save(step, args=ocp.args.StandardSave(state(step)))
+            manager.save(step, args=ocp.args.StandardSave(make_state(step)))
     return run
 
 
@@ -61,26 +59,29 @@ def average(*arguments):
     main(["average", *map(str, arguments)])
 
 
-def refused(capsys, status, *arguments):
-    """What the command says, in one line, when it ends with this status."""
-    with pytest.raises(SystemExit) as ended:
+def error_of(capsys, status, *arguments):
+    """Run the command, which must exit with `status`; return its error."""
+    with pytest.raises(SystemExit) as exited:
         average(*arguments)
-    assert ended.value.code == status
+    assert exited.value.code == status
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(PROGRAM)
     return error.removeprefix(PROGRAM)
 
 
-def restored(path):
+def restore(path):
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(path)
 
 
-def test_a_whole_checkpoint(run, tmp_path, capsys):
-    """In structure and dtypes as it was saved, keys and plain numbers too."""
-    average(run, "--output", tmp_path / "merged")
-    found = restored(tmp_path / "merged")
-    saved = restored(run / "100" / "default")
+def made_from(path):
+    return json.loads((path / "averaged_from.json").read_text())
+
+
+def test_output_is_a_checkpoint_like_the_averaged_ones(run, tmp_path, capsys):
+    output = tmp_path / "merged"
+    average(run, "--output", output)
+    found, saved = restore(output), restore(run / "100" / "default")
     assert jax.tree.structure(found) == jax.tree.structure(saved)
     for actual, wanted in zip(*map(jax.tree.leaves, (found, saved)), strict=True):
         assert getattr(actual, "dtype", None) == getattr(wanted, "dtype", None)
@@ -88,226 +89,138 @@ def test_a_whole_checkpoint(run, tmp_path, capsys):
     keys = [jax.random.key_data(tree["keys"]["typed"]) for tree in (found, saved)]
     np.testing.assert_array_equal(*keys)
     folders = [run / str(step) for step in STEPS]
-    average_of_all = average_checkpoints(folders)
-    assert bits(found["params"]) == bits(average_of_all["params"])
-    assert found["rate"] == average_of_all["rate"]
-    np.testing.assert_allclose(found["rate"], np.mean([1 / step for step in STEPS]))
+    expected = average_checkpoints(folders)
+    assert bits(found["params"]) == bits(expected["params"])
+    assert found["rate"] == expected["rate"]
     assert found["step"] == found["count"] == 100
-    assert json.loads((tmp_path / "merged" / "averaged_from.json").read_text()) == {
+    assert made_from(output) == {
         "checkpoints": [str(folder) for folder in folders],
         "coefficients": [1 / 3] * 3,
         "part": None,
     }
-    # Nothing else was written; what is no result is on standard error.
     assert os.listdir(tmp_path) == ["merged"]
     out, err = capsys.readouterr()
-    assert out == f"{tmp_path / 'merged'}: of {run} the steps 2, 10, 100\n"
-    assert re.search(r"averaging: 100%.* [\d.]+k/[\d.]+k ", err)
-    # It is a checkpoint like the others.
-    again = average_checkpoints([tmp_path / "merged"], part="params/w")
-    assert bits(again) == bits(found["params"]["w"])
+    assert out == f"{output}: average of the steps 2, 10, 100 of {run}\n"
+    assert re.search(r"averaging: 100%.* 3\.00/3\.00 ", err)
 
 
 @pytest.mark.parametrize(
     ("arguments", "steps", "coefficients"),
     [
         (["--last", 2], [10, 100], [0.5, 0.5]),
-        (["--last=3"], STEPS, 3 * [1 / 3]),
         ([10], [10], [1.0]),
         ([100, 2, "--weights=-4,5"], [2, 100], [-4.0, 5.0]),
         (["--weights", "linear"], STEPS, decay_coefficients(3)),
-        (["--weights", "cosine"], STEPS, decay_coefficients(3, "cosine")),
-        (
-            ["--weights=minus-sqrt", "--last=2"],
-            [10, 100],
-            decay_coefficients(2, "minus_sqrt"),
-        ),
+        (["--weights", "cosine", 2, 10], [2, 10], decay_coefficients(2, "cosine")),
+        (["--weights=minus-sqrt"], STEPS, decay_coefficients(3, "minus_sqrt")),
         (["--weights", "0.5,.25,2.5e-1"], STEPS, [0.5, 0.25, 0.25]),
     ],
     ids=str,
 )
-def test_steps_and_weights(run, tmp_path, arguments, steps, coefficients):
+def test_steps_and_weights_are_chosen(run, tmp_path, arguments, steps, coefficients):
     output = tmp_path / "merged"
-    average(run, *arguments, "--part", "params", "--output", output)
-    made_from = json.loads((output / "averaged_from.json").read_text())
-    assert made_from["checkpoints"] == [str(run / str(step)) for step in steps]
-    np.testing.assert_array_equal(made_from["coefficients"], coefficients)
-    assert made_from["part"] == "params"
+    average(run, "--part", "params", *arguments, "--output", output)
     folders = [run / str(step) for step in steps]
-    wanted = average_checkpoints(folders, coefficients, part="params")
-    assert bits(restored(output)) == bits(wanted)
-    assert restored(output).keys() == wanted.keys()
-
-
-def test_options_may_stand_before_steps(run, tmp_path):
-    average(run, "--output", tmp_path / "merged", 2, 10)
-    made_from = json.loads((tmp_path / "merged" / "averaged_from.json").read_text())
-    assert made_from["checkpoints"] == [str(run / "2"), str(run / "10")]
+    assert made_from(output)["checkpoints"] == list(map(str, folders))
+    np.testing.assert_array_equal(made_from(output)["coefficients"], coefficients)
+    assert made_from(output)["part"] == "params"
+    expected = average_checkpoints(folders, coefficients, part="params")
+    assert bits(restore(output)) == bits(expected)
 
 
 @pytest.mark.parametrize(
     ("options", "name"),
     [
         ({"step_prefix": "ckpt"}, "ckpt_2"),
-        ({"step_format_fixed_length": 6}, "000002"),
         ({"step_prefix": "a_b", "step_format_fixed_length": 3}, "a_b_002"),
     ],
 )
-def test_other_names_of_steps(options, name, tmp_path):
+def test_steps_may_have_other_names(options, name, tmp_path):
     run = save(tmp_path / "run", STEPS, **options)
     (run / "notes").mkdir()
     (run / "7.orbax-checkpoint-tmp-12").mkdir()
     average(run, "--part", "params", "--output", tmp_path / "merged")
-    made_from = json.loads((tmp_path / "merged" / "averaged_from.json").read_text())
-    assert len(made_from["checkpoints"]) == 3
-    assert made_from["checkpoints"][0] == str(run / name)
+    folders = made_from(tmp_path / "merged")["checkpoints"]
+    assert len(folders) == 3
+    assert folders[0] == str(run / name)
 
 
-def test_a_part_that_is_one_array(run, tmp_path, capsys):
-    """Saved where Orbax saves it, refused by it otherwise; nothing in between."""
-    output = tmp_path / "merged"
-    if ocp.__version__ < "0.12":
-        said = refused(capsys, 1, run, "--part", "params/w", "--output", output)
-        assert said.startswith("Orbax cannot save it")
-        assert not os.listdir(tmp_path)
-        return
-    average(run, "--part", "params/w", "--output", output)
-    wanted = average_checkpoints([run / str(s) for s in STEPS], part="params/w")
-    assert bits(restored(output)) == bits(wanted)
-
-
-def test_as_a_step_of_a_manager(run, tmp_path):
-    """In the place of an unnamed item, it is one."""
+def test_output_may_be_the_item_of_a_manager_step(run, tmp_path):
     (tmp_path / "7").mkdir()
     average(run, "--part", "params", "--output", tmp_path / "7" / "default")
     with ocp.CheckpointManager(tmp_path) as manager:
         assert manager.latest_step() == 7
         found = manager.restore(7, args=ocp.args.StandardRestore())
-    assert bits(found) == bits(restored(tmp_path / "7" / "default"))
+    assert bits(found) == bits(restore(tmp_path / "7" / "default"))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["{run}"], "the following arguments are required: --output"),
-        (["{tmp}/no", "--output={tmp}/x"], "argument RUN: there is no folder {tmp}/no"),
-        (["{tmp}", "--output={tmp}/x"], "argument RUN: no finished step is in {tmp}"),
-        (["{run}", "3", "--output={tmp}/x"], "argument STEP: no finished step 3 is in"),
-        (["{run}", "0", "--output={tmp}/x"], "argument STEP: no finished step 0 is in"),
+        (["{tmp}/no", "--output={tmp}/x"], "argument RUN: no finished steps in {tmp}/"),
+        (["{tmp}", "--output={tmp}/x"], "argument RUN: no finished steps in {tmp}"),
+        (
+            ["{run}", "3", "--output={tmp}/x"],
+            "argument STEP: no finished step 3; finished steps in {run}: 2, 10, 100",
+        ),
         (["{run}", "2", "2", "--output={tmp}/x"], "argument STEP: 2 is given twice"),
-        (
-            ["{run}", "two", "--output={tmp}/x"],
-            "argument STEP: must be a whole number, 0 or more, not 'two'",
-        ),
-        (
-            ["{run}", "--last=4", "--output={tmp}/x"],
-            "argument --last: 4 are more than the steps in {run}: 2, 10, 100",
-        ),
-        (
-            ["{run}", "--last=0", "--output={tmp}/x"],
-            "argument --last: must be a whole number, 1 or more, not '0'",
-        ),
+        (["{run}", "two", "--output={tmp}/x"], "argument STEP: invalid int value: 'tw"),
+        (["{run}", "--last=4", "--output={tmp}/x"], "argument --last: got 4; finished"),
+        (["{run}", "--last=0", "--output={tmp}/x"], "argument --last: got 0; finished"),
         (
             ["{run}", "2", "--last=1", "--output={tmp}/x"],
-            "argument --last: not allowed where a STEP is given",
+            "argument --last: not allowed with STEP",
         ),
-        (
-            ["{run}", "--weights=1,2", "--output={tmp}/x"],
-            "argument --weights: 2 numbers, and 3 steps",
-        ),
-        (
-            ["{run}", "--weights=sqrt", "--output={tmp}/x"],
-            "argument --weights: must be",
-        ),
-        (["{run}", "--weights=1,nan", "--output={tmp}/x"], "argument --weights: must"),
-        (
-            ["{run}", "--weights=1,,2", "--output={tmp}/x"],
-            "argument --weights: must be",
-        ),
-        (
-            ["{run}", "--weights=", "--output={tmp}/x"],
-            "argument --weights: must be uni",
-        ),
-        (
-            ["{run}", "--output={tmp}/a/x"],
-            "argument --output: there is no folder {tmp}/a",
-        ),
-        (["{run}", "--output={run}"], "argument --output: {run} exists, and is not"),
+        (["{run}", "--weights=1,2", "--output={tmp}/x"], "argument --weights: must be"),
+        (["{run}", "--weights=sqrt", "--output={tmp}/x"], "argument --weights: must b"),
+        (["{run}", "--weights=1,,nan", "--output={tmp}/x"], "argument --weights: must"),
+        (["{run}", "--output={tmp}/a/x"], "argument --output: no folder {tmp}/a"),
+        (["{run}", "--output={run}"], "argument --output: {run} exists"),
         (["{run}", "--output={tmp}/x", "--out=y"], "unrecognized arguments: --out=y"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
-def test_bad_arguments(run, tmp_path, capsys, arguments, message):
-    fill = {"run": run, "tmp": tmp_path}
-    said = refused(capsys, 2, *(argument.format(**fill) for argument in arguments))
-    assert said.startswith(message.format(**fill))
+def test_bad_argument_exits_with_2(run, tmp_path, capsys, arguments, message):
+    names = {"run": run, "tmp": tmp_path}
+    error = error_of(capsys, 2, *(argument.format(**names) for argument in arguments))
+    assert error.startswith(message.format(**names))
     assert not os.listdir(tmp_path)
 
 
-def test_no_such_command(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main(["merge", "run", "--output", "x"])
-    assert "argument command: invalid choice: 'merge'" in capsys.readouterr().err
-
-
-def test_a_checkpoint_in_the_place_of_a_run(run, tmp_path, capsys):
-    inside = run / "10" / "default"
-    said = refused(capsys, 1, inside, "--output", tmp_path / "x")
-    assert said == f"{inside} is one checkpoint, not a folder of steps"
-
-
-def test_two_folders_of_one_step(tmp_path, capsys):
-    run = save(tmp_path / "run", [5])
-    save(tmp_path / "run", [5], step_format_fixed_length=4)
-    said = refused(capsys, 1, run, "--output", tmp_path / "x")
-    assert said.endswith("are the same step")
-
-
-def test_what_cannot_be_averaged_leaves_nothing(tmp_path, capsys):
+def test_bad_checkpoint_exits_with_1_and_is_named(tmp_path, capsys):
     run = save(tmp_path / "run", STEPS)
-    output = tmp_path / "merged"
-    said = refused(capsys, 1, run, "--part=x", "--output", output)
-    assert said.startswith(f"{run / '2'} has no 'x' in its tree")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(run / "12", {"params": make_state(1)["params"], "empty": ()})
     (run / "11").mkdir()
-    said = refused(capsys, 1, run, "--output", output)
-    assert said.startswith(f"{run / '11'} is no checkpoint")
-    (run / "11").rmdir()
-    save(run, [11])
-    odd = {"params": state(1)["params"]}
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(run / "12", odd)
-    said = refused(capsys, 1, run, 2, 12, "--output", output)
-    assert said.startswith(f"{run / '12'} has no leaf '")
+    for arguments, error in (
+        ([run, "2", "--part=x"], f"no key 'x' in {run / '2'}"),
+        ([run, "2", "11"], f"{run / '11'} is not an Orbax checkpoint"),
+        ([run, "2", "12"], f"{run / '12'} and {run / '2'} differ in structure"),
+        ([run, "12", "--part=empty"], "Orbax cannot save the average"),
+        ([run / "12"], f"{run / '12'} is a single checkpoint"),
+    ):
+        found = error_of(capsys, 1, *arguments, "--output", tmp_path / "x")
+        assert found.startswith(error)
+    save(tmp_path / "run", [10], step_format_fixed_length=4)
+    found = error_of(capsys, 1, run, "--output", tmp_path / "x")
+    assert found.endswith("are the same step")
     assert os.listdir(tmp_path) == ["run"]
 
 
-def test_broken_data_leave_nothing(tmp_path, capsys):
-    """One array alone: of several Orbax tells what becomes of the others, too late."""
-    run = tmp_path / "run"
-    with ocp.StandardCheckpointer() as checkpointer:
-        for step in (1, 2):
-            numbers = np.random.default_rng(step).random(10**5)
-            checkpointer.save(run / str(step), {"w": numbers})
-    data = max(run.glob("2/**/d/*"), key=lambda path: path.stat().st_size)
-    os.truncate(data, data.stat().st_size // 2)
-    said = refused(capsys, 1, run, "--output", tmp_path / "merged")
-    assert said.startswith(f"{run / '2'} cannot be read: ")
-    assert os.listdir(tmp_path) == ["run"]
-
-
-def test_an_empty_part(tmp_path, capsys):
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "1", {"a": (), "b": np.ones(1)})
-    said = refused(capsys, 1, tmp_path, "--part=a", "--output", tmp_path / "x")
-    assert said.startswith("Orbax cannot save it")
-    assert os.listdir(tmp_path) == ["1"]
+def test_missing_orbax_exits_with_1(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "asgd_optax.checkpoints._orbax", raising=False)
+    monkeypatch.delattr(asgd_optax.checkpoints, "_orbax", raising=False)
+    monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
+    error = error_of(capsys, 1, run, "--output", tmp_path / "x")
+    assert "[checkpoints]'" in error
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "full", "link"])
-def test_what_appears_in_between_is_left_alone(
+def test_output_that_appears_meanwhile_is_kept(
     run, tmp_path, monkeypatch, capsys, kind
 ):
-    output, write = tmp_path / "merged", _orbax_checkpoints.write
+    output, write = tmp_path / "merged", _orbax.write
 
     def meanwhile(*arguments):
         write(*arguments)
@@ -320,124 +233,98 @@ def test_what_appears_in_between_is_left_alone(
         if kind == "full":
             (output / "file").write_text("mine")
 
-    monkeypatch.setattr(_orbax_checkpoints, "write", meanwhile)
-    said = refused(capsys, 1, run, "--output", output)
-    assert said == f"{output} exists, and is not written over"
+    monkeypatch.setattr(_orbax, "write", meanwhile)
+    error = error_of(capsys, 1, run, "--output", output)
+    assert error == f"{output} exists and is not overwritten"
     assert os.listdir(tmp_path) == ["merged"]
     assert output.is_symlink() == (kind == "link")
     assert output.is_file() == (kind == "file")
-    if kind == "folder":
-        assert not os.listdir(output)
-    if kind == "full":
-        assert os.listdir(output) == ["file"]
+    if output.is_dir():
+        assert os.listdir(output) == (["file"] if kind == "full" else [])
 
 
 @pytest.mark.parametrize("moment", ["read", "write", "json", "rename"])
 @pytest.mark.parametrize("error", [OSError("the disk is full"), KeyboardInterrupt()])
-def test_an_error_half_way_leaves_nothing(
-    run, tmp_path, monkeypatch, capsys, moment, error
-):
-    def failing(function):
-        def fail(*arguments, **keywords):
-            if moment == "write":
-                function(*arguments, **keywords)
-                assert os.listdir(tmp_path)
-            raise error
-
-        return fail
-
+def test_error_leaves_nothing(run, tmp_path, monkeypatch, capsys, moment, error):
     where, name = {
-        "read": (_orbax_checkpoints, "read"),
-        "write": (_orbax_checkpoints, "write"),
+        "read": (_orbax, "read"),
+        "write": (_orbax, "write"),
         "json": (Path, "write_text"),
         "rename": (Path, "rename"),
     }[moment]
-    monkeypatch.setattr(where, name, failing(getattr(where, name)))
+    function = getattr(where, name)
+
+    def fail(*arguments, **keywords):
+        if moment == "write":
+            function(*arguments, **keywords)
+        assert os.listdir(tmp_path)
+        raise error
+
+    monkeypatch.setattr(where, name, fail)
     interrupted = isinstance(error, KeyboardInterrupt)
-    status = 130 if interrupted else 1
-    said = refused(capsys, status, run, "--output", tmp_path / "merged")
-    assert said == ("interrupted: nothing was written" if interrupted else str(error))
+    found = error_of(capsys, 130 if interrupted else 1, run, "--output", tmp_path / "x")
+    assert found == ("interrupted; nothing was written" if interrupted else str(error))
     assert not os.listdir(tmp_path)
 
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
-ENVIRONMENT.pop("XLA_FLAGS", None)
-
-
-def test_as_a_program_on_another_number_of_devices(tmp_path):
-    """Saved from eight, averaged on one."""
+def test_program_averages_on_another_number_of_devices(tmp_path):
+    """Save from eight devices, average on one."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()), "x")
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
-    tree = {"w": jax.device_put(jnp.arange(16.0), sharding)}
-    tree["key"] = jax.device_put(jax.random.split(jax.random.key(0), 8), sharding)
+    tree = {"w": jnp.arange(16.0), "key": jax.random.split(jax.random.key(0), 8)}
+    tree = jax.device_put(tree, sharding)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "run" / "1", tree)
         checkpointer.save(tmp_path / "run" / "2", tree)
     command = [sys.executable, "-m", "asgd_optax.checkpoints", "average", "run"]
     command += ["--weights=-4,5", "--output=merged"]
-    ended = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.decode().endswith("merged: of run the steps 1, 2\n")
-    found = restored(tmp_path / "merged")
+    subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, check=True)
+    found = restore(tmp_path / "merged")
     assert bits(found["w"]) == bits(tree["w"])
     assert found["key"].dtype == tree["key"].dtype
     keys = [jax.random.key_data(t["key"]) for t in (found, tree)]
     np.testing.assert_array_equal(*keys)
 
 
-def test_ended_from_outside(run, tmp_path):
-    """As by a scheduler, in the middle of the reading and of the writing."""
+def run_with_signal(moment, signal_name, run, output):
+    """Run the program, which sends itself a signal before or after a function."""
     program = """
 import os, signal, sys
-from asgd_optax.checkpoints import __main__
-from asgd_optax.checkpoints import _orbax_checkpoints
-function = getattr(_orbax_checkpoints, sys.argv[1])
-def ended(*arguments):
-    function(*arguments)
-    os.kill(os.getpid(), signal.SIGTERM)
+from pathlib import Path
+from asgd_optax.checkpoints import __main__, _orbax
+when, name, signal_name = sys.argv[1:4]
+del sys.argv[1:4]
+where = Path if name == "rename" else _orbax
+function = getattr(where, name)
+def patched(*arguments):
+    if when == "after":
+        function(*arguments)
+    os.kill(os.getpid(), getattr(signal, signal_name))
     raise AssertionError("it went on")
-setattr(_orbax_checkpoints, sys.argv.pop(1), ended)
+setattr(where, name, patched)
 __main__.run()
 """
-    for moment in ("read", "write"):
-        command = [sys.executable, "-c", program, moment, "average", run]
-        command.append(f"--output={tmp_path / 'merged'}")
-        ended = subprocess.run(command, env=ENVIRONMENT, capture_output=True)
-        assert ended.returncode == 128 + signal.SIGTERM, ended.stderr
-        assert not os.listdir(tmp_path)
+    command = [sys.executable, "-c", program, *moment.split(), signal_name]
+    command += ["average", run, "--part=params", f"--output={output}"]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True).returncode
 
 
-def test_without_orbax(run, tmp_path, monkeypatch, capsys):
-    for name in ("_combine_checkpoints", "_orbax_checkpoints"):
-        monkeypatch.delitem(sys.modules, f"asgd_optax.{name}", raising=False)
-        monkeypatch.delattr(asgd_optax, name, raising=False)
-    monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
-    said = refused(capsys, 1, run, "--output", tmp_path / "x")
-    assert "pip install 'asgd_optax[checkpoints]'" in said
+@pytest.mark.parametrize("moment", ["after read", "after write"])
+def test_terminated_program_leaves_nothing(moment, run, tmp_path):
+    status = run_with_signal(moment, "SIGTERM", run, tmp_path / "merged")
+    assert status == 128 + signal.SIGTERM
+    assert not os.listdir(tmp_path)
 
 
-if hasattr(os, "fork"):
-
-    def test_killed_at_any_moment(run, tmp_path):
-        kills = 20
-        module = [sys.executable, "-m", "tests.command_process"]
-        arguments = [str(run), str(tmp_path), str(kills)]
-        ended = subprocess.run(
-            [*module, *arguments], cwd=ROOT, env=ENVIRONMENT, capture_output=True
-        )
-        assert ended.returncode == 0, ended.stderr
-        wanted = average_checkpoints([run / str(step) for step in STEPS])
-        there = {path.name: path for path in tmp_path.iterdir()}
-        outputs = {"whole", "before", "after", *map(str, range(kills))}
-        assert {"whole", "before", "after"} <= there.keys()
-        for name in outputs & there.keys():
-            found = restored(there[name])
-            assert bits(found["params"]) == bits(wanted["params"])
-            made_from = json.loads((there[name] / "averaged_from.json").read_text())
-            assert len(made_from["checkpoints"]) == 3
-        # The others were killed in time; what they left, Orbax takes for unfinished.
-        assert not outputs <= there.keys()
-        left = there.keys() - outputs
-        assert any(name.startswith("before.") for name in left)
-        for name in left:
-            assert ocp.utils.is_tmp_checkpoint(there[name])
+@pytest.mark.parametrize("moment", ["after read", "before rename", "after rename"])
+def test_killed_program_leaves_a_whole_checkpoint_or_none(moment, run, tmp_path):
+    output = tmp_path / "merged"
+    assert run_with_signal(moment, "SIGKILL", run, output) == -signal.SIGKILL
+    assert output.exists() == (moment == "after rename")
+    for left in set(tmp_path.iterdir()) - {output}:
+        assert ocp.utils.is_tmp_checkpoint(left)
+    if not output.exists():
+        average(run, "--part=params", "--output", output)
+    folders = [run / str(step) for step in STEPS]
+    assert bits(restore(output)) == bits(average_checkpoints(folders, part="params"))
+    assert len(made_from(output)["checkpoints"]) == 3

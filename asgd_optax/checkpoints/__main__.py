@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command of `asgd_optax.checkpoints`: steps of a run made into one checkpoint."""
+"""Command line: average steps of a run and save the average as a checkpoint."""
 
 import argparse
-import contextlib
 import json
 import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,226 +16,150 @@ import numpy as np
 
 from asgd_optax._core.checks import needs
 from asgd_optax.checkpoints import decay_coefficients
+from asgd_optax.checkpoints._average_checkpoints import sum_checkpoints
 
 _WEIGHTS = ("uniform", "linear", "cosine", "minus-sqrt")
-# Orbax takes what is named so for a save that was cut off: no step, nor a checkpoint.
+# Orbax takes a folder with this in its name for an unfinished save.
 _UNFINISHED = ".orbax-checkpoint-tmp-"
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.fail(2, message)
-
-    def fail(self, status: int, message: str) -> NoReturn:
-        """One line, without the usage."""
+    def error(self, message: str, status: int = 2) -> NoReturn:
+        """Exit with a message in one line, without the usage."""
         self.exit(status, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 def run() -> NoReturn:
-    """The command as a program of its own, which leaves nothing when it is ended."""
-    # On the host, whose accelerators may be in use: a TPU serves one process.
+    """Run the command as a program, on the CPU."""
+    # Accelerators may be in use: a TPU serves one process.
     jax.config.update("jax_platforms", "cpu")
+    # Exit by an exception, so that the unfinished folder is deleted.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     main()
     sys.exit()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parses, averages, and saves.
-
-    Raises:
-      SystemExit: 2 where an argument is refused, 1 where a checkpoint is or a file
-        cannot be written, 130 where it is interrupted. Then nothing is left.
-    """
+    """Parse the arguments, average and save; exit with an error's status."""
     parser = _parser()
     arguments = parser.parse_intermixed_args(argv)
+    output = Path(os.path.abspath(arguments.output))
     try:
-        with needs("checkpoints"):
-            from asgd_optax.checkpoints._orbax_checkpoints import steps_of
-        steps = _steps(parser, arguments, steps_of)
+        steps = _choose_steps(parser, arguments)
         coefficients = _coefficients(parser, arguments.weights, len(steps))
-        output = _checked_output(parser, arguments.output)
+        if os.path.lexists(output):
+            parser.error(f"argument --output: {output} exists")
+        if not output.parent.is_dir():
+            parser.error(f"argument --output: no folder {output.parent}")
         average(list(steps.values()), coefficients, arguments.part, output)
     except (OSError, ValueError, ModuleNotFoundError) as error:
-        parser.fail(1, str(error))
+        parser.error(str(error), status=1)
     except KeyboardInterrupt:
-        parser.fail(128 + signal.SIGINT, "interrupted: nothing was written")
-    print(f"{output}: of {arguments.run} the steps {', '.join(map(str, steps))}")
+        parser.error("interrupted; nothing was written", status=128 + signal.SIGINT)
+    names = ", ".join(map(str, steps))
+    print(f"{output}: average of the steps {names} of {arguments.run}")
 
 
 def average(
     paths: Sequence[Path], coefficients: np.ndarray, part: str | None, output: Path
 ) -> None:
-    """Saves the sum of checkpoints, and what it is made of, in a folder not there yet.
-
-    Raises:
-      ValueError: what `average_checkpoints` refuses, or what Orbax does not save.
-      FileExistsError: the folder is there by now.
-    """
+    """Save a weighted sum of checkpoints, and how it was made, in a new folder."""
     with needs("checkpoints"):
         from tqdm import tqdm
 
-        from asgd_optax.checkpoints import _orbax_checkpoints
-        from asgd_optax.checkpoints._combine_checkpoints import combine_checkpoints
+        from asgd_optax.checkpoints import _orbax
 
-    with tqdm(desc="averaging", unit="B", unit_scale=True, unit_divisor=1024) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        tree = combine_checkpoints(paths, coefficients, part=part, progress=progress)
     made_from = {
         "checkpoints": [os.path.abspath(path) for path in paths],
         "coefficients": coefficients.tolist(),
         "part": part,
     }
-    with _renamed_into_place(output) as folder:
-        _orbax_checkpoints.write(folder, tree)
-        (folder / "averaged_from.json").write_text(
-            json.dumps(made_from, indent=2) + "\n", encoding="utf-8"
-        )
-
-
-@contextlib.contextmanager
-def _renamed_into_place(output: Path) -> Iterator[Path]:
-    """A folder to be made, which is then `output`: at once, or not at all."""
+    # Rename a complete checkpoint, so that an interrupted one is never at `output`.
     with tempfile.TemporaryDirectory(
         prefix=f"{output.name}{_UNFINISHED}", dir=output.parent
-    ) as beside:
-        folder = Path(beside, output.name)
-        yield folder
-        # Over what is not empty no folder is renamed; over an empty one it would be.
-        _check_not_there(output)
+    ) as parent:
+        folder = Path(parent, output.name)
+        with tqdm(total=len(paths), desc="averaging", unit_scale=True) as bar:
+            tree = sum_checkpoints(
+                paths, coefficients, part=part, typed_keys=True, progress=bar.update
+            )
+        _orbax.write(folder, tree)
+        text = json.dumps(made_from, indent=2) + "\n"
+        (folder / "averaged_from.json").write_text(text, encoding="utf-8")
+        # rename() fails on a non-empty folder but silently replaces an empty one.
+        if os.path.lexists(output):
+            raise FileExistsError(f"{output} exists and is not overwritten")
         folder.rename(output)
-
-
-def _check_not_there(output: Path) -> None:
-    if os.path.lexists(output):
-        raise FileExistsError(f"{output} exists, and is not written over")
 
 
 def _parser() -> _Parser:
     parser = _Parser(
         prog="python -m asgd_optax.checkpoints",
-        description="Averages checkpoints of a run that Orbax saved, and saves the"
-        " average as a checkpoint, with an averaged_from.json in its folder.",
+        description="Average checkpoints that Orbax saved in a run, and save the"
+        " average as a checkpoint with an averaged_from.json in its folder.",
         allow_abbrev=False,
     )
-    parser.add_argument("command", choices=["average"], help="what to do")
-    parser.add_argument(
-        "run", metavar="RUN", type=Path, help="the folder in which the steps are"
-    )
-    parser.add_argument(
-        "steps",
-        metavar="STEP",
-        nargs="*",
-        type=_count(0),
-        help="a step to average (default: all that are finished)",
-    )
-    parser.add_argument(
-        "--last", metavar="K", type=_count(1), help="average the last K steps"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("command", choices=["average"], help="what to do")
+    add("run", metavar="RUN", type=Path, help="folder with the steps")
+    add("steps", metavar="STEP", nargs="*", type=int, help="default: all finished")
+    add("--last", metavar="K", type=int, help="average the last K steps")
+    add(
         "--weights",
-        type=_weights,
         default="uniform",
-        help=f"{', '.join(_WEIGHTS)} (the decay of a rate that is emulated), or"
-        " numbers c1,c2,..., the oldest step's first: --weights=-4,5 (default:"
-        " %(default)s)",
+        help=f"{', '.join(_WEIGHTS)} (learning rate decay to emulate), or numbers"
+        " c1,c2,..., the oldest step first: --weights=-4,5 (default: %(default)s)",
     )
-    parser.add_argument(
+    add(
         "--part",
         metavar="KEY[/KEY...]",
-        help="the subtree to average, such as params or opt_state/1/average; where a"
-        " step has several items the first key is the item's (default: all of it)",
+        help="subtree to average, such as params or opt_state/1/average; begins with"
+        " the item's name if a step has several items (default: everything)",
     )
-    parser.add_argument(
-        "--output",
-        metavar="MERGED",
-        type=Path,
-        required=True,
-        help="the folder to make; nothing may be there",
-    )
+    add("--output", metavar="MERGED", required=True, help="folder to create")
     return parser
 
 
-def _count(least: int) -> Callable[[str], int]:
-    def convert(text: str) -> int:
-        if text.isascii() and text.isdigit() and int(text) >= least:
-            return int(text)
-        raise argparse.ArgumentTypeError(
-            f"must be a whole number, {least} or more, not {text!r}"
-        )
+def _choose_steps(parser: _Parser, arguments: argparse.Namespace) -> dict[int, Path]:
+    """Return the folders of the steps to average, the oldest first."""
+    with needs("checkpoints"):
+        from asgd_optax.checkpoints import _orbax
 
-    return convert
-
-
-def _weights(text: str) -> str | np.ndarray:
-    if text in _WEIGHTS:
-        return text
-    with contextlib.suppress(ValueError):
-        numbers = np.array([float(number) for number in text.split(",")])
-        if np.isfinite(numbers).all():
-            return numbers
-    raise argparse.ArgumentTypeError(
-        f"must be {', '.join(_WEIGHTS)}, or numbers joined by commas, not {text!r}"
-    )
-
-
-def _steps(
-    parser: _Parser,
-    arguments: argparse.Namespace,
-    steps_of: Callable[[Path], Mapping[int, Path]],
-) -> dict[int, Path]:
-    """The folders of the steps that are chosen, the oldest first."""
-    if not arguments.run.is_dir():
-        parser.error(f"argument RUN: there is no folder {arguments.run}")
-    there = steps_of(arguments.run)
-    if not there:
-        parser.error(f"argument RUN: no finished step is in {arguments.run}")
-    names = ", ".join(map(str, there))
-    chosen = sorted(arguments.steps)
-    if arguments.last is not None:
-        if chosen:
-            parser.error("argument --last: not allowed where a STEP is given")
-        if arguments.last > len(there):
-            parser.error(
-                f"argument --last: {arguments.last} are more than the steps in"
-                f" {arguments.run}: {names}"
-            )
-        chosen = list(there)[-arguments.last :]
-    for n, step in enumerate(chosen):
-        if step not in there:
-            parser.error(
-                f"argument STEP: no finished step {step} is in {arguments.run}, but"
-                f" {names}"
-            )
-        if step in chosen[:n]:
+    run, last, steps = arguments.run, arguments.last, sorted(arguments.steps)
+    finished = _orbax.find_steps(run) if run.is_dir() else {}
+    if not finished:
+        parser.error(f"argument RUN: no finished steps in {run}")
+    available = f"finished steps in {run}: {', '.join(map(str, finished))}"
+    if last is not None:
+        if steps:
+            parser.error("argument --last: not allowed with STEP")
+        if not 0 < last <= len(finished):
+            parser.error(f"argument --last: got {last}; {available}")
+        steps = [*finished][-last:]
+    for step in steps:
+        if step not in finished:
+            parser.error(f"argument STEP: no finished step {step}; {available}")
+        if steps.count(step) > 1:
             parser.error(f"argument STEP: {step} is given twice")
-    return {step: there[step] for step in chosen or there}
+    return {step: finished[step] for step in steps or finished}
 
 
-def _coefficients(parser: _Parser, weights: str | np.ndarray, n: int) -> np.ndarray:
-    if isinstance(weights, str):
-        if weights == "uniform":
-            return np.full(n, 1 / n)
+def _coefficients(parser: _Parser, weights: str, n: int) -> np.ndarray:
+    """Return the coefficients of `n` steps."""
+    if weights == "uniform":
+        return np.full(n, 1 / n)
+    if weights in _WEIGHTS:
         return decay_coefficients(n, weights.replace("-", "_"))
-    if len(weights) != n:
-        parser.error(f"argument --weights: {len(weights)} numbers, and {n} steps")
-    return weights
-
-
-def _checked_output(parser: _Parser, path: Path) -> Path:
-    """Before anything is read; and absolute, as Orbax wants it."""
-    output = Path(os.path.abspath(path))
-    if os.path.lexists(output):
-        parser.error(f"argument --output: {path} exists, and is not written over")
-    if not output.parent.is_dir():
-        parser.error(f"argument --output: there is no folder {output.parent}")
-    if not os.access(output.parent, os.W_OK):
-        parser.error(f"argument --output: cannot write in {output.parent}")
-    return output
+    try:
+        numbers = np.array([float(number) for number in weights.split(",")])
+    except ValueError:
+        numbers = np.array([])
+    if len(numbers) != n or not np.isfinite(numbers).all():
+        parser.error(
+            f"argument --weights: must be {', '.join(_WEIGHTS)}, or a number for each"
+            f" of the {n} steps, joined by commas; got {weights!r}"
+        )
+    return numbers
 
 
 if __name__ == "__main__":
