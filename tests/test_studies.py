@@ -89,7 +89,7 @@ def test_after_the_run_resumes_merges_chooses_and_reports(monkeypatch, tmp_path)
 @pytest.mark.parametrize(
     ("study", "argv", "printed"),
     [
-        (batch_norm, ["--rate=0.3"], "estimated anew"),
+        (batch_norm, ["--rate=0.3"], "stale"),
         (digits, ["--rate", "0.3", "--schedule=linear", "--noise=0"], "of 2"),
         (weightings, ["--rate=0.02"], "polynomial"),
     ],
