@@ -98,8 +98,9 @@ def end_on_average(
     return it. Parameters that are not averaged are updated as usual. Later updates pass
     through again and start from there.
 
-    If the updates are bfloat16 or float16, the last one is rounded: in bfloat16, 87 %
-    of the parameters land exactly on the rounded average, the others next to it.
+    If the updates are bfloat16 or float16, the last one is rounded. In bfloat16 most
+    parameters land exactly on the rounded average (84 % if that update is half as large
+    as they are, 97 % at a tenth), the others within 1 % of that update from it.
 
     Args:
       tx: an optimizer with an average, such as

@@ -49,10 +49,11 @@ def averaged_params(
     Args:
       opt_state: an optimizer state, or any pytree that contains one, with its types:
         not `nnx.state(optimizer)`, nor a checkpoint restored without a target.
-      params: the current parameters. With them the result has their tree type and
-        dtypes, and leaves that are not averaged are taken from them: masked leaves, and
-        those where the average has `None`, as `equinox.filter` and `equinox.partition`
-        leave for a function.
+      params: the current parameters, those that the optimizer updates and not a
+        transform of them (NumPyro: `svi.constrain_fn(averaged_params(result.state))`).
+        With them the result has their tree type and dtypes, and leaves that are not
+        averaged are taken from them: masked leaves, and those where the average has
+        `None`, as `equinox.filter` and `equinox.partition` leave for a function.
 
     Returns:
       A pytree shaped like the parameters. Without `params` it has the structure and

@@ -178,6 +178,10 @@ def exponential_weighting(
     With a `warmup`, a function of n, the decay is min(decay, warmup(n)), so the n-th
     weight is max(1 - decay, 1 - warmup(n)), without bias correction.
 
+    Use `debias=False` for a decay that changes during the run. The debiased weight
+    depends on n alone: if the decay changes from 0.9 to 0.999 at n = 100, the next
+    iterate gets 0.0104, not 0.001.
+
     A weighting returns the weight of the *new* iterate. A function that returns the
     decay instead, such as ``lambda n: 0.999``, is not an error that can be detected: it
     makes an average that follows the latest iterate.
@@ -194,8 +198,10 @@ def exponential_weighting(
         and false with one.
 
     Returns:
-      A weighting, as `uniform_weighting` returns it, accurate to a few units in the
-      last place for a decay of up to 0.99999 in float32.
+      A weighting, as `uniform_weighting` returns it. In float32 it is accurate to a few
+      units in the last place for a decay of up to 0.99999 and no `warmup`. The weight
+      1 - warmup(n) cancels: with ``(1 + n) / (10 + n)`` it is off by 5e-5 at n =
+      500,000, by up to 2e-3 nearby.
 
     Raises:
       ValueError: If a concrete decay is outside [0, 1), if the decay is an array of a

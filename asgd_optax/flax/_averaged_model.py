@@ -19,8 +19,8 @@ def averaged_model(model: _M, optimizer: Any, *, wrt: Any = None) -> _M:
 
     All its arrays are copies, including BatchNorm's statistics and the state of `Rngs`,
     so either model may be donated, changed or deleted without the other. An average in
-    host memory is copied to the device. Before averaging has begun the parameters are
-    those of `model`.
+    host memory is copied to the device. Before averaging begins the parameters are
+    those after the latest update (at first, those with which the optimizer was made).
 
     BatchNorm's running statistics do not fit the averaged parameters: recompute them
     with `update_batch_stats`.
