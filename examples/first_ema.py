@@ -108,7 +108,6 @@ def draw(results: Results, output: Path) -> None:
     right.set(xlabel="x", title="Fitted curves at the end")
     for axes in (left, right):
         axes.legend()
-    output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output)
     plt.close(figure)
 

@@ -125,23 +125,26 @@ def draw(losses: Losses, output: Any) -> None:
     lives = np.array([half_life(decay) for decay in DECAYS])
     values = np.stack([losses[f"EMA {decay:g}"] for decay in DECAYS])
     mean, deviation = values.mean(axis=1), values.std(axis=1, ddof=1)
-    axes.plot(lives, mean, "o-", color="C1", label="EMA (band: ± standard deviation)")
-    axes.fill_between(
-        lives, mean - deviation, mean + deviation, fc="C1", alpha=0.2, lw=0
-    )
-    for name, color, style in (
-        (LAST, "C0", "-"),
-        ("uniform", "C2", "-"),
-        (HALF, "C2", "--"),
-        (POLYNOMIAL, "C4", "-"),
-    ):
-        axes.axhline(losses[name].mean(), color=color, linestyle=style, label=name)
-    axes.set(xscale="log", yscale="log", ylabel="test loss, mean over seeds")
+    axes.plot(lives, mean, "o-", color="C1")
+    band = mean - deviation, mean + deviation
+    axes.fill_between(lives, *band, fc="C1", alpha=0.2, lw=0)
+    axes.text(lives[1], 1.2 * mean[1], "EMA", color="C1")
+    for name, color in (LAST, "C0"), ("uniform", "C2"), (POLYNOMIAL, "C4"):
+        level = losses[name].mean()
+        axes.axhline(level, color=color)
+        side = axes.get_yaxis_transform()  # x from 0 to 1, y in the units of the loss
+        axes.text(
+            0.99, level, name, color=color, ha="right", va="bottom", transform=side
+        )
+    axes.set(xscale="log", yscale="log", ylabel="test loss")
     axes.set(xlabel="half-life of the EMA (steps)")
-    axes.set_title("An EMA of any decay beats the last iterate")
-    twin = axes.secondary_xaxis("top")
-    twin.set_xticks(lives[::2], [f"{decay:g}" for decay in DECAYS[::2]])
-    axes.legend()
+    axes.set_ylim(top=2 * losses[LAST].mean())
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_title("Test loss by decay: mean ± standard deviation over the seeds")
+    top = axes.secondary_xaxis("top")
+    top.set_xticks(lives[::2], [f"{decay:g}" for decay in DECAYS[::2]])
+    top.minorticks_off()
+    top.set_xlabel("decay")
     figure.savefig(output)
     plt.close(figure)
 
@@ -150,9 +153,9 @@ PAGE = """\
 # Decay of an EMA, and learning-rate schedules
 
 The network of `examples/first_ema.py`, Adam with a peak learning rate of {rate:g}, \
-{steps:,} steps of {batch} noisy samples of a sine, {seeds} seeds. The test loss is the \
-mean squared error from the sine itself. *Beats the last*: the number of seeds in which \
-the average has a lower test loss than the last iterate. An EMA is \
+{steps:,} steps of {batch} noisy samples of a sine, {seeds} seeds. The test loss is \
+the mean squared error from the sine itself. *Beats the last*: the number of seeds in \
+which the average has a lower test loss than the last iterate. An EMA is \
 `average_iterates(decay)`; its half-life is log 0.5 / log decay.
 
 Constant learning rate, mean ± standard deviation over the seeds:
