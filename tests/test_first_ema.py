@@ -52,7 +52,8 @@ def test_decay_sweep_counts_wins_and_writes_its_report(tmp_path, capsys):
 
 
 def test_decay_sweep_averages_beat_the_last_iterate_at_a_constant_learning_rate():
-    losses = decay_sweep.train(first_ema.RATE, steps=1000, seeds=4)
+    constant = {"constant": decay_sweep.schedules(1000)["constant"]}
+    losses = decay_sweep.train(constant, steps=1000, seeds=4)["constant"]
     for name, values in losses.items():
         if name != "last iterate":
             assert values.mean() < 0.7 * losses["last iterate"].mean(), name
