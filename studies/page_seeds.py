@@ -80,8 +80,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         wins = f"{np.sum(ema < last)} of {seeds}"
         rows.append([name, *spreads, wins, f"{np.min(last / ema):.1f}"])
     header = ["page", "last iterate", "EMA", "EMA is lower", "least ratio"]
-    page = PAGE.format(seeds=seeds, table=report.table(header, rows))
-    report.write("studies.page_seeds", page, options.output)
+    text = PAGE.format(seeds=seeds, table=report.table(header, rows))
+    report.write("studies.page_seeds", text, options.output)
     return measured
 
 
