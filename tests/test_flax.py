@@ -590,10 +590,10 @@ def test_averaged_model_keeps_the_models_dtypes():
 def test_averaged_model_checks_its_arguments():
     model = NNXNet()
     optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
-    with pytest.raises(ValueError, match="no averaging state"):
+    with pytest.raises(ValueError, match="no average found"):
         averaged_model(model, optimizer)
     optimizer = nnx.Optimizer(model, asgd(), wrt=nnx.Param)
-    with pytest.raises(ValueError, match=r"pass `optimizer.opt_state`"):
+    with pytest.raises(ValueError, match=r"Pass `optimizer.opt_state`"):
         averaged_model(model, nnx.state(optimizer))
     with pytest.raises(TypeError, match="^model must be an nnx.Module; got a LinenNet"):
         averaged_model(LinenNet({}), optimizer)
