@@ -31,6 +31,7 @@ NEED_FLAX = [
     "tests/test_benchmarks.py",
     "tests/test_checkpoint.py",
     "tests/test_examples.py",
+    "tests/test_first_ema.py",
     "tests/test_flax.py",
     "tests/test_host_memory.py",
     "tests/test_studies.py",

@@ -18,8 +18,12 @@ from tests.reference import average_shares
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 WITHOUT_FIGURE = ["batch_norm", "data_parallel", "linen_train_state", "pod_plan"]
-WITH_FIGURE = ["after_the_run", "digits", "language_model", "online_inference"]
-WITH_FIGURE += ["weightings", pytest.param("from_pytorch", marks=pytest.mark.torch)]
+WITH_FIGURE = ["after_the_run", "digits", "first_ema", "language_model"]
+WITH_FIGURE += [
+    "online_inference",
+    "weightings",
+    pytest.param("from_pytorch", marks=pytest.mark.torch),
+]
 
 
 def example(name, monkeypatch, **settings):

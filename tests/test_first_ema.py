@@ -1,14 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The average wins in the first programs of the README and of the framework pages."""
 
-import runpy
-import sys
-
 import pytest
 
 from examples import first_ema
 from studies import decay_sweep, page_seeds
-from tests.programs import error_of
 
 pytestmark = pytest.mark.flax
 
@@ -21,15 +17,6 @@ def test_first_ema_beats_the_last_iterate(tmp_path, capsys):
     assert 2 * ema[-1] < last[-1]
     assert f"EMA:          {ema[-1]:.5f}" in capsys.readouterr().out
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-
-
-@pytest.mark.parametrize("argv", [["--speed", "1"], ["--output", "figure.xyz"]])
-def test_first_ema_reports_a_bad_option_in_one_line(argv, monkeypatch, capsys):
-    def run(argv):
-        monkeypatch.setattr(sys, "argv", [first_ema.__file__, *argv])
-        runpy.run_path(first_ema.__file__, run_name="__main__")
-
-    assert argv[0] in error_of(run, argv, capsys)
 
 
 @pytest.mark.parametrize("name", page_seeds.PAGES)

@@ -48,6 +48,19 @@ def test_critical_values_increase_with_level_and_ratio():
     assert table[7, 0] == critical_value(levels[7])
 
 
+@pytest.mark.flax
+def test_simulation_reproduces_the_formula():
+    from studies import looks
+
+    values = looks.simulated(paths=20_000)[:3, :2]
+    expected = [
+        [critical_value_of_looks(p, r) for p in looks.LEVELS[:2]]
+        for r in looks.RATIOS[:3]
+    ]
+    # Five standard errors of quantiles of 20,000 paths.
+    np.testing.assert_allclose(values, expected, rtol=0.06)
+
+
 def stream_state(n):
     statistic = running_random_scaling(start=3)
     values = 5.0 + jax.random.normal(jax.random.key(0), (n + 3, 2))
