@@ -3,13 +3,15 @@
 
 import argparse
 import json
+import logging
 import os
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -29,14 +31,53 @@ class _Parser(argparse.ArgumentParser):
         self.exit(status, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
+class _DelayedSignals:
+    """A context in which SIGINT and SIGTERM act only where `check` is called.
+
+    An exception in the middle of a save would delete the folder while threads of Orbax
+    write to it.
+    """
+
+    def __enter__(self) -> "_DelayedSignals":
+        self.received = 0
+        numbers = signal.SIGINT, signal.SIGTERM
+        self._handlers = {n: signal.signal(n, self._receive) for n in numbers}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: object) -> None:
+        self.received = number
+
+    def check(self) -> None:
+        """Raise if a signal was received."""
+        if self.received:
+            raise InterruptedError("interrupted; nothing was written")
+
+
 def run() -> NoReturn:
     """Run the command as a program, on the CPU."""
     # Accelerators may be in use: a TPU serves one process.
     jax.config.update("jax_platforms", "cpu")
-    # Exit by an exception, so that the unfinished folder is deleted.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    main()
-    sys.exit()
+    # If a save fails, Orbax logs tracebacks, and threads of TensorStore print more.
+    logging.disable(logging.ERROR)
+    sys.excepthook = _print_in_main_thread
+    status: Any = 0
+    try:
+        main()
+    except SystemExit as exit_:
+        status = exit_.code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Do not wait for these threads.
+    os._exit(status or 0)
+
+
+def _print_in_main_thread(*error: Any) -> None:
+    if threading.current_thread() is threading.main_thread():
+        sys.__excepthook__(*error)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -44,26 +85,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = _parser()
     arguments = parser.parse_intermixed_args(argv)
     output = Path(os.path.abspath(arguments.output))
-    try:
-        steps = _choose_steps(parser, arguments)
-        coefficients = _coefficients(parser, arguments.weights, len(steps))
-        if os.path.lexists(output):
-            parser.error(f"argument --output: {output} exists")
-        if not output.parent.is_dir():
-            parser.error(f"argument --output: no folder {output.parent}")
-        average(list(steps.values()), coefficients, arguments.part, output)
-    except (OSError, ValueError, ModuleNotFoundError) as error:
-        parser.error(str(error), status=1)
-    except KeyboardInterrupt:
-        parser.error("interrupted; nothing was written", status=128 + signal.SIGINT)
+    with _DelayedSignals() as signals:
+        try:
+            steps = _choose_steps(parser, arguments)
+            coefficients = _coefficients(parser, arguments.weights, len(steps))
+            if os.path.lexists(output):
+                parser.error(f"argument --output: {output} exists")
+            if not output.parent.is_dir():
+                parser.error(f"argument --output: no folder {output.parent}")
+            paths = list(steps.values())
+            average(paths, coefficients, arguments.part, output, signals.check)
+        except (OSError, ValueError, ModuleNotFoundError) as error:
+            is_signal = isinstance(error, InterruptedError)
+            parser.error(str(error), 128 + signals.received if is_signal else 1)
     names = ", ".join(map(str, steps))
     print(f"{output}: average of the steps {names} of {arguments.run}")
 
 
 def average(
-    paths: Sequence[Path], coefficients: np.ndarray, part: str | None, output: Path
+    paths: Sequence[Path],
+    coefficients: np.ndarray,
+    part: str | None,
+    output: Path,
+    check: Callable[[], object],
 ) -> None:
-    """Save a weighted sum of checkpoints, and how it was made, in a new folder."""
+    """Save a weighted sum of checkpoints, and how it was made, in a new folder.
+
+    `check` is called where an exception leaves nothing behind.
+    """
     with needs("checkpoints"):
         from tqdm import tqdm
 
@@ -74,21 +123,28 @@ def average(
         "coefficients": coefficients.tolist(),
         "part": part,
     }
+    # Without a terminal there is no bar.
+    with tqdm(total=len(paths), desc="averaging", leave=False, disable=None) as bar:
+
+        def progress(checkpoints: float) -> None:
+            check()
+            bar.update(checkpoints)
+
+        tree = sum_checkpoints(
+            paths, coefficients, part=part, typed_keys=True, progress=progress
+        )
     # Rename a complete checkpoint, so that an interrupted one is never at `output`.
     with tempfile.TemporaryDirectory(
         prefix=f"{output.name}{_UNFINISHED}", dir=output.parent
     ) as parent:
         folder = Path(parent, output.name)
-        with tqdm(total=len(paths), desc="averaging", unit_scale=True) as bar:
-            tree = sum_checkpoints(
-                paths, coefficients, part=part, typed_keys=True, progress=bar.update
-            )
         _orbax.write(folder, tree)
         text = json.dumps(made_from, indent=2) + "\n"
         (folder / "averaged_from.json").write_text(text, encoding="utf-8")
         # rename() fails on a non-empty folder but silently replaces an empty one.
         if os.path.lexists(output):
             raise FileExistsError(f"{output} exists and is not overwritten")
+        check()
         folder.rename(output)
 
 
