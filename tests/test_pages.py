@@ -14,7 +14,7 @@ def test_page_code_runs(blocks, monkeypatch, tmp_path):
 
 def test_pilot_of_confidence_interval_guide_is_an_average():
     names = {}
-    for block in blocks_of(ROOT / "docs" / "guides" / "confidence_intervals.md")[:3]:
+    for block in blocks_of(ROOT / "docs" / "guides" / "confidence_intervals.md")[:4]:
         exec(block.compiled(), names)
     (w, (_, track)), pilot = names["run"], names["pilot"]
     scaling = track.statistic
