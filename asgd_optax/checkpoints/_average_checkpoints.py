@@ -94,7 +94,7 @@ def sum_checkpoints(
     with needs("checkpoints"):
         import orbax.checkpoint as ocp
 
-        from asgd_optax.checkpoints import _orbax
+        from asgd_optax.checkpoints._orbax import check_agree, convert, find_part, read
 
     if isinstance(paths, str | os.PathLike):
         raise TypeError(f"paths must be a sequence of paths; got the path {paths!r}")
@@ -109,25 +109,23 @@ def sum_checkpoints(
             f"expected one coefficient per checkpoint: got {len(paths)} paths but"
             f" {len(numbers)} coefficients"
         )
-    parts = [_orbax.find_part(path, part) for path in paths]
-    target = _orbax.check_agree(parts, like)
+    parts = [find_part(path, part) for path in paths]
+    target = check_agree(parts, like)
     targets = ocp.tree.to_flat_dict(target)
     # Slices of similar size, whatever the order of large and small leaves.
     order = sorted(targets, key=lambda keys: np.size(targets[keys]))
     slices = [order[i::_SLICES] for i in range(min(_SLICES, len(order)))]
 
-    def read(leaves: Sequence[Any]) -> Iterator[Any]:
+    def read_all(leaves: Sequence[Any]) -> Iterator[Any]:
         for part in parts:
-            yield _orbax.read(part, {keys: targets[keys] for keys in leaves})
+            yield read(part, {keys: targets[keys] for keys in leaves})
             progress(1 / len(slices))
 
     combined: dict[Any, Any] = {}
     for leaves in slices:
-        combined |= combine_averages(read(leaves), numbers)
+        combined |= combine_averages(read_all(leaves), numbers)
         _return_freed_memory()
-    converted = [
-        _orbax.convert(combined[keys], targets[keys], typed_keys) for keys in targets
-    ]
+    converted = [convert(combined[keys], targets[keys], typed_keys) for keys in targets]
     return jax.tree.unflatten(jax.tree.structure(target), converted)
 
 
