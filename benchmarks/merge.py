@@ -69,7 +69,7 @@ def command(paths: Paths) -> None:
     """Average with the command, without the start of Python."""
     run, steps = paths[0].parent, [path.name for path in paths]
     with (
-        tempfile.TemporaryDirectory(dir=run) as folder,
+        tempfile.TemporaryDirectory(".tmp", dir=run) as folder,
         contextlib.redirect_stdout(None),
     ):
         __main__.main(["average", str(run), *steps, "--output", f"{folder}/merged"])

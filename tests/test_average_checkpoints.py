@@ -2,7 +2,6 @@
 """`average_checkpoints`: what it reads, sums, restores and compares."""
 
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -56,6 +55,7 @@ def make_tree(i):
             {"float64": matrix, "mask": np.array([True, i % 2 == 0])},
         ),
         "rng": {"typed": jax.random.key(i), "raw": jax.random.PRNGKey(i + 10)},
+        "a/b": jnp.asarray(matrix[0], jnp.float32),
         "count": i,
         "rate": i / 2,
     }
@@ -115,9 +115,12 @@ def test_average_has_every_kind_of_leaf_as_numpy(run):
     np.testing.assert_array_equal(found["rng"]["typed"], [0, 2])
 
 
-def test_coefficients_are_uniform_by_default(run):
+def test_coefficients_are_uniform_by_default_and_paths_may_be_relative(
+    run, monkeypatch
+):
     paths, trees = run
-    found = average_checkpoints([str(path) for path in paths], part="params/float32")
+    monkeypatch.chdir(paths[0].parent)
+    found = average_checkpoints(["0", Path("1"), "./2"], part="params/float32")
     expected = np.mean([np.float64(t["params"]["float32"]) for t in trees], 0)
     np.testing.assert_allclose(found, expected, rtol=2e-7)
     assert found.dtype == np.float32
@@ -130,12 +133,6 @@ def test_average_of_one_checkpoint_is_exact(run):
         assert bits(found["params"]) == bits(trees[1]["params"])
 
 
-def test_paths_may_be_relative(run, monkeypatch):
-    paths, trees = run
-    monkeypatch.chdir(paths[0].parent)
-    assert_average(average_checkpoints(["0", Path("1"), "./2"], COEFFICIENTS), trees)
-
-
 @pytest.mark.parametrize(
     ("part", "keys"),
     [
@@ -146,6 +143,7 @@ def test_paths_may_be_relative(run, monkeypatch):
         ("rate", ["rate"]),
         ("rng/typed", ["rng", "typed"]),
         ((), []),
+        (("a/b",), ["a/b"]),
     ],
     ids=str,
 )
@@ -160,12 +158,6 @@ def test_part_without_arrays_is_returned_as_saved(run):
     paths, _ = run
     assert average_checkpoints(paths, part="state/0/empty") == ()
     assert average_checkpoints(paths, part="state/0/none") is None
-
-
-def test_part_may_be_a_tuple_of_keys_with_a_slash(tmp_path):
-    path = save(tmp_path / "1", {"a/b": {"c": np.full(2, 1.0)}})
-    found = average_checkpoints([path], part=("a/b", "c"))
-    np.testing.assert_array_equal(found, [1, 1])
 
 
 if sys.platform == "linux":
@@ -400,7 +392,7 @@ def test_checkpoint_with_truncated_data_is_named(like, tmp_path):
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        ("weights", "'weights' in {}; available: 'count', 'params', 'rate', 'rng', 's"),
+        ("weights", "'weights' in {}; available: 'a/b', 'count', 'params', 'rate', 'r"),
         ("params/w", "'w' in {}['params']; available: 'bfloat16', 'complex', 'float16"),
         ("state/2", "'2' in {}['state']; available: '0', '1'"),
         ("state/-1", "'-1' in {}['state']"),
@@ -431,10 +423,10 @@ def test_bad_arguments_raise_before_reading(paths, coefficients, error, message)
         average_checkpoints(paths, coefficients)
 
 
-if platform.libc_ver()[0] == "glibc":
+if sys.platform == "linux":
 
     def test_memory_does_not_grow_with_the_number_of_checkpoints(tmp_path):
-        """glibc would keep freed arrays of 4 MiB in every thread that read some."""
+        """glibc keeps freed arrays of 4 MiB in every thread that has read some."""
         program = """
 import sys
 from pathlib import Path

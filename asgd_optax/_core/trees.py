@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Comparison of pytrees in structure, shape and dtype."""
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,7 +28,7 @@ def check_agree(
     other_name: str,
     other: Any,
     *,
-    same_dtype: Callable[[Any, Any], bool] = operator.eq,
+    same_dtype: Callable[[Any, Any], bool] | None = None,
     dtype_error: type[Exception] = ValueError,
 ) -> None:
     """Raise unless `tree` agrees with `other` in structure, shapes and dtypes.
@@ -39,7 +38,8 @@ def check_agree(
       tree: a pytree of arrays, numbers or `jax.ShapeDtypeStruct`.
       other_name: what to call `other` in a message.
       other: the pytree that `tree` must agree with.
-      same_dtype: whether two dtypes agree; None stands for a leaf without a dtype.
+      same_dtype: whether two dtypes agree, None for a leaf without one; by default
+        whether they are equal.
       dtype_error: the error to raise if a dtype differs.
 
     Raises:
@@ -66,12 +66,17 @@ def check_agree(
                 f"{name}{path} has shape {np.shape(leaf)}, but {other_name}{path} has"
                 f" shape {np.shape(expected)}"
             )
-        if not same_dtype(dtype, expected_dtype):
+        if not (same_dtype or _equal)(dtype, expected_dtype):
             path = jax.tree_util.keystr(paths(tree)[i])
             raise dtype_error(
                 f"{name}{path} is {type_name(leaf)}, but {other_name}{path} is"
                 f" {type_name(expected)}"
             )
+
+
+def _equal(dtype: Any, other: Any) -> bool:
+    # NumPy takes None for float64.
+    return (dtype is None) == (other is None) and bool(dtype == other)
 
 
 def paths(tree: Any) -> list[Any]:

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weighted sums of checkpoints, read an eighth of the leaves at a time."""
 
-import contextlib
-import ctypes
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -16,8 +14,8 @@ from asgd_optax._core.checks import needs
 from asgd_optax._posthoc.combine_averages import checked_coefficients, combine_averages
 
 # Summing whole checkpoints takes four times the memory of one: twice for a float64 sum
-# of float32 leaves, and up to twice for reading. More slices take more time, as each
-# reads the metadata again.
+# of float32 leaves, and up to twice for reading. Slices also bound what malloc keeps of
+# freed arrays. Too many take time, as each reads the metadata again.
 _SLICES = 8
 
 
@@ -124,16 +122,5 @@ def sum_checkpoints(
     combined: dict[Any, Any] = {}
     for leaves in slices:
         combined |= combine_averages(read_all(leaves), numbers)
-        _return_freed_memory()
     converted = [convert(combined[keys], targets[keys], typed_keys) for keys in targets]
     return jax.tree.unflatten(jax.tree.structure(target), converted)
-
-
-def _return_freed_memory() -> None:
-    """Return freed memory to the system, if the allocator is glibc's.
-
-    glibc keeps freed blocks below 32 MiB for the thread that allocated them. Orbax
-    reads each checkpoint in new threads, so these blocks would add up.
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
