@@ -62,7 +62,7 @@ def average(rule: Rule, *, every: int = 1, compensated: bool = False) -> ByHand:
 
     Args:
       rule: the weights of the average.
-      every: average only every so many-th iterate.
+      every: average only every `every`-th iterate.
       compensated: whether to keep the rounding errors (Kahan summation).
     """
     constant = None if callable(rule.by_hand) else rule.by_hand

@@ -21,13 +21,13 @@ from asgd_optax._core import checks
 from asgd_optax._core.numerics import LAST_STEP, enable_x64
 from asgd_optax._core.weightings import Weighting, checked_weighting
 
-# Up to so many steps every block is a single iterate, and the fit is exact.
+# Up to this number of steps every block is a single iterate, and the fit is exact.
 _EXACT_STEPS = 10**6
 
 # A longer block's length, relative to its distance from where a profile begins or ends.
 _GRADING = 1 / 512
 
-# Compute so many weights, and decompose so many rows, at a time: one shape to compile,
+# Compute weights, and decompose rows, in chunks of this size: one shape to compile,
 # and little memory.
 _CHUNK = 2**15
 
