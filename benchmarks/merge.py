@@ -89,7 +89,7 @@ def names() -> list[str]:
 
 
 def save(path: Path, size: int) -> None:
-    """Save a checkpoint of random float32 numbers with so many bytes."""
+    """Save a checkpoint of random float32 numbers of this size in bytes."""
     import orbax.checkpoint as ocp
 
     rng = np.random.default_rng()

@@ -121,7 +121,7 @@ def start(observations: int) -> int:
 
 
 def write(folder: Path, observations: int) -> Path:
-    """Write the file of so many observations, unless it exists."""
+    """Write the file of observations, unless it exists."""
     path = folder / f"{observations}x{COLUMNS}.npy"
     if path.exists():
         return path

@@ -98,7 +98,7 @@ def test_averaged_params_merges_groups_of_different_depths():
 
 
 def test_averaged_params_takes_none_in_the_average_from_params():
-    """`equinox.filter` leaves None in the place of a function or a static subtree."""
+    """`equinox.filter` leaves None instead of a function or a static subtree."""
     trainable = {"w": jnp.ones(3, jnp.bfloat16), "f": None, "n": None, "sub": None}
     params = trainable | {
         "f": jax.nn.relu,

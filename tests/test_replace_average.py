@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`replace_average`: an average from elsewhere goes on in an optimizer state."""
+"""`replace_average`: an optimizer state continues an average from elsewhere."""
 
 import jax
 import jax.numpy as jnp

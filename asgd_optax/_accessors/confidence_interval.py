@@ -98,8 +98,8 @@ def confidence_interval(
     checks.check_concrete("level", level)
     if not 0 < (number := float(checks.concrete(level))) < 1:
         raise ValueError(f"level must be between 0 and 1; got {level}")
-    first, last, critical = 2, LAST_STEP, 0.0
     if looks is None:
+        first, last = 2, LAST_STEP
         critical = critical_value(number)
     else:
         if number < 0.5:

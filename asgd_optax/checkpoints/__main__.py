@@ -111,7 +111,7 @@ def average(
 ) -> None:
     """Save a weighted sum of checkpoints, and how it was made, in a new folder.
 
-    `check` is called where an exception leaves nothing behind.
+    `check` may raise: it is called only where that leaves no files.
     """
     with needs("checkpoints"):
         from tqdm import tqdm
