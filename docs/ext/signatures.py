@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Show signatures as they are written, so that types keep the names of their aliases."""
+"""Show signatures as written, so that types keep the names of their aliases."""
 
 import ast
 import inspect

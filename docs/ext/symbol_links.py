@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Link literals in running text, such as `asgd` or `asgd(0.1)`, to the symbol they name."""
+"""Link literals in text, such as `asgd` or `asgd(0.1)`, to the symbol they name."""
 
 import re
 

@@ -146,8 +146,9 @@ def broken_names(page: Page) -> list[str]:
             const range = document.createRange();
             range.setStart(node, match.index);
             range.setEnd(node, match.index + match[0].length);
-            const tops = new Set([...range.getClientRects()].map(r => Math.round(r.top)));
-            if (tops.size > 1) names.push(match[0]);
+            const rectangles = [...range.getClientRects()];
+            const lines = new Set(rectangles.map(r => Math.round(r.top)));
+            if (lines.size > 1) names.push(match[0]);
           }
       }
       return names;
