@@ -3,15 +3,13 @@
 
     python -m examples.data_parallel
 
-A Flax network learns scikit-learn's digits by ASGD. Each minibatch is divided among the
-devices, here eight virtual devices of a CPU. Both ways give the same weights:
+A Flax network learns digits by ASGD on eight virtual CPU devices, in two ways:
 
 - *pmap*: every device keeps all parameters and the whole average.
 - *jit*: parameters and average are sharded over the devices ("FSDP"). The step is that
-  for one device; `jax.jit` adds the communication, of which the update needs none.
+  for one device; `jax.jit` adds the communication. The update needs none.
 
-Several processes work in the same way: each calls `jax.distributed.initialize()`, then
-`train("jit")` (`benchmarks/data_parallel.py`). Not tested on TPU slices and GPU nodes.
+With several processes, each calls `jax.distributed.initialize()`, then `train("jit")`.
 """
 
 from argparse import ArgumentParser
@@ -52,11 +50,12 @@ class Outcome(NamedTuple):
 
 def load() -> list[Data]:
     """Load training and test images, the same as in `examples/digits.py`."""
-    images, labels = load_digits(return_X_y=True)
-    split = partial(train_test_split, test_size=400, random_state=0)
-    others, test = split(np.arange(len(labels)), stratify=labels)
-    training, _ = split(others, stratify=labels[others])
-    return [((images[i] / 16).astype(np.float32), labels[i]) for i in (training, test)]
+    x, y = load_digits(return_X_y=True)
+    x = (x / 16).astype(np.float32)
+    split = {"test_size": 400, "random_state": 0}
+    x, x_test, y, y_test = train_test_split(x, y, stratify=y, **split)
+    x, _, y, _ = train_test_split(x, y, stratify=y, **split)
+    return [(x, y), (x_test, y_test)]
 
 
 def minibatches(images: np.ndarray, labels: np.ndarray) -> Iterator[Data]:
@@ -80,8 +79,8 @@ def by_pmap(step: Step, init: Any, params: optax.Params) -> tuple[Step, Carry]:
     """Copy everything to every device, stacked along a first axis."""
     n = jax.device_count()
     step = jax.pmap(step, axis_name="devices", donate_argnums=0)
-    copied = jax.tree.map(lambda x: np.stack([x] * n), params)
-    carry = jax.pmap(lambda params: (params, init(params)))(copied)
+    params = jax.tree.map(lambda x: np.stack([x] * n), params)
+    carry = params, jax.pmap(init)(params)
     divide = partial(jax.tree.map, lambda x: x.reshape(n, -1, *x.shape[1:]))
     return lambda carry, batch: step(carry, divide(batch)), carry
 
@@ -130,14 +129,18 @@ def train(how: str, steps: int = STEPS) -> Outcome:
     return Outcome(float(score(params, test)), float(score(average, test)), *held)
 
 
-def main(steps: int = STEPS) -> dict[str, Outcome]:
-    """Train both ways; print and return losses and the memory used on one device."""
-    outcomes = {how: train(how, steps) for how in ("pmap", "jit")}
+def report(outcomes: dict[str, Outcome]) -> None:
+    """Print the losses, and the memory of params and optimizer state on one device."""
     print("| way       | last iterate | average  | params, kB | state, kB |")
     print("| --------- | ------------ | -------- | ---------- | --------- |")
     for how, (last, average, params, state) in outcomes.items():
         memory = f"{params / 1e3:<10.1f} | {state / 1e3:<9.1f}"
         print(f"| {how:9} | {last:<12.6f} | {average:.6f} | {memory} |")
+
+
+def main(steps: int = STEPS) -> dict[str, Outcome]:
+    outcomes = {how: train(how, steps) for how in ("pmap", "jit")}
+    report(outcomes)
     return outcomes
 
 
