@@ -12,6 +12,7 @@ sys.path.insert(0, str(ROOT / "docs" / "ext"))
 # For the kernels that execute the pages.
 os.environ["PYTHONPATH"] = str(ROOT)
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["MATPLOTLIBRC"] = str(ROOT / "examples" / "style.mplstyle")
 
 project = "asgd_optax"
 author = "The asgd_optax authors"
