@@ -34,8 +34,8 @@ ARGUMENTS = [
 ]
 
 HOME = "index.html"
-MATHEMATICS = ["choosing.html", "api/asgd.html"]
-SCREENSHOTS = [HOME, "choosing.html", "api/asgd.html", "gallery.html"]
+MATHEMATICS = ["reference/weightings.html", "reference/api/asgd_optax.asgd.html"]
+SCREENSHOTS = [HOME, *MATHEMATICS, "reference/gallery.html"]
 # Without a build one case remains, which fails.
 PAGES = sorted(str(p.relative_to(SITE)) for p in SITE.rglob("*.html")) or [HOME]
 WIDTHS = [1280, 390]
