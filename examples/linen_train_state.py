@@ -77,8 +77,10 @@ def train(folder: Path, key: jax.Array, data: Any, stop: int) -> tuple[int, Trai
     Returns:
       The step at which this run started, and the state at its end.
     """
-    options = ocp.CheckpointManagerOptions(max_to_keep=2)
-    # Leaving the block waits for saves that are still being written.
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=2,
+        enable_async_checkpointing=False,  # simpler, for a small model
+    )
     with ocp.CheckpointManager(folder, options=options) as manager:
         state = resume(manager, create_state(key, data[0]))
         start = int(state.step)
