@@ -9,7 +9,7 @@ run. The average is part of the optimizer's state, so it is saved and restored w
 """
 
 import tempfile
-from argparse import SUPPRESS, ArgumentParser
+from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,12 @@ from sklearn.preprocessing import StandardScaler
 
 from asgd_optax import asgd, averaged_params
 
-STEPS, SAVE_EVERY, BATCH_SIZE = 1000, 100, 8
-RATE, T0, CLIP, SEED = 0.3, 300, 1.0, 0  # averaging begins after update T0
+LEARNING_RATE = 0.3
+T0 = 300  # updates before averaging
+STEPS = 1000
+SAVE_EVERY = 100
+BATCH_SIZE = 8
+MAX_GRADIENT_NORM = 1.0
 NETWORK = nn.Sequential([nn.Dense(16), nn.relu, nn.Dense(2)])
 
 
@@ -42,7 +46,10 @@ def load_splits() -> tuple[Any, Any]:
 def create_state(key: jax.Array, inputs: jax.Array) -> TrainState:
     """Initialise the parameters and the optimizer, with the average last."""
     params = NETWORK.init(key, inputs[:1])["params"]
-    tx = optax.chain(optax.clip_by_global_norm(CLIP), asgd(RATE, lambd=0.0, t0=T0))
+    tx = optax.chain(
+        optax.clip_by_global_norm(MAX_GRADIENT_NORM),
+        asgd(LEARNING_RATE, lambd=0.0, t0=T0),
+    )
     return TrainState.create(apply_fn=NETWORK.apply, params=params, tx=tx)
 
 
@@ -99,7 +106,7 @@ def equal(one: Any, other: Any) -> bool:
 
 def main(checkpoint_dir: Path | None = None, steps: int = STEPS) -> dict[str, Any]:
     """Train with and without interruption, compare, print and return the results."""
-    (data, test_data), key = load_splits(), jax.random.key(SEED)
+    (data, test_data), key = load_splits(), jax.random.key(0)
     with tempfile.TemporaryDirectory() as temporary:
         folder = (checkpoint_dir or Path(temporary)).absolute()
         # The second call starts from the contents of the folder alone.
@@ -121,6 +128,6 @@ def main(checkpoint_dir: Path | None = None, steps: int = STEPS) -> dict[str, An
 
 
 if __name__ == "__main__":
-    parser = ArgumentParser(usage=SUPPRESS, description=__doc__.partition("\n")[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint-dir", type=Path, help="keep checkpoints here")
     main(parser.parse_args().checkpoint_dir)
