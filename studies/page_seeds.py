@@ -28,18 +28,21 @@ PAGES = {
     "Flax Linen": HOW_TO / "linen.md",
     "Equinox": HOW_TO / "equinox.md",
     "Haiku": HOW_TO / "haiku.md",
+    "evaluate each epoch": HOW_TO / "evaluate_each_epoch.md",
 }
 SEEDS = 20
 # A block of the README, or a cell of an executed page.
-BLOCK = re.compile(r"^```(?:python|\{code-cell\} python)\n(.*?)^```$", re.M | re.S)
+FENCE = r"^```(?:python|\{code-cell\} python)\n"
+OPTIONS = r"(?:---\n.*?^---\n)?"
+BLOCK = re.compile(rf"{FENCE}{OPTIONS}(.*?)^```$", re.M | re.S)
 
 
 def program(page: Path, seed: int) -> str:
     """Return the Python blocks up to the first that prints, with another seed."""
     code = ""
-    for block in BLOCK.finditer(page.read_text(encoding="utf-8")):
-        code += block[1]
-        if "print(" in code:
+    for block in BLOCK.findall(page.read_text(encoding="utf-8")):
+        code += block
+        if "print(" in block:
             break
     # Keys and `nnx.Rngs`, of weights and of data.
     return re.sub(r"\b(key|Rngs)\(0\)", rf"\g<1>({seed})", code)
