@@ -9,7 +9,7 @@ averages: they give the mean of any window exactly, and any width approximately.
 
 import sysconfig
 import tempfile
-from argparse import SUPPRESS, ArgumentParser
+from argparse import ArgumentParser
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,9 @@ from asgd_optax import (
 )
 from asgd_optax.checkpoints import average_checkpoints
 
-STEPS, EVERY, RATE, WARMUP = 800, 25, 3e-3, 50  # EVERY: steps between checkpoints
+STEPS = 800
+EVERY = 25  # steps between checkpoints
+RATE, WARMUP = 3e-3, 50  # the learning rate and the steps in which it rises to that
 LAYERS, WIDTH, HEADS, CONTEXT, BATCH_SIZE, DTYPE = 4, 128, 4, 128, 16, "float32"
 TEXT, OUTPUT = Path(sysconfig.get_path("stdlib")), Path("out/after_the_run.png")
 UNIFORM, *POWERS = (f"1/opt_state/{n}/average" for n in (2, 3, 4))  # in checkpoints
@@ -136,15 +138,12 @@ def main(output: Path = OUTPUT) -> Any:
         panel.text(x, iterate, f"last iterate: {iterate:.3f}", color="C0", va="bottom")
         panel.text(x, losses[x], f"best: {losses[x]:.3f}", color="C1", va="top")
         print(f"{panel.get_title()}: best {losses[x]:.3f}, {panel.get_xlabel()} {x}")
+    output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output)
     return iterate, means, widths
 
 
 if __name__ == "__main__":
-    parser = ArgumentParser(usage=SUPPRESS, description=__doc__.partition("\n")[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=OUTPUT, help=f"default {OUTPUT}")
-    output = parser.parse_args().output
-    if output.suffix not in (".png", ".pdf", ".svg"):
-        parser.error("argument --output: must end in .png, .pdf or .svg")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    main(output)
+    main(parser.parse_args().output)
