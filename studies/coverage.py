@@ -10,7 +10,7 @@ N(0, 1), or logistic. For quantile regression (2022b) the first regressor is an
 intercept, and the noise is that of the linear design. Everything is in float32.
 
 The learning rates are those of the papers, c t^-a, and those of the rules in
-`docs/guides/confidence_intervals.md`: for one run, and for the extrapolation of two
+`docs/how_to/confidence_intervals.md`: for one run, and for the extrapolation of two
 runs on the same observations, the second at twice the learning rate of the first.
 
 Every operation is elementwise, so the replications are one more axis of the parameters.
