@@ -161,11 +161,11 @@ PAGE = """\
 # Coverage of confidence intervals that are read repeatedly
 
 {replications:,} replications (a quarter of them for d = 20) of {n:,} observations,
-float32, level 95 %. The intervals follow the rules of the [coverage study](coverage.md),
-for one run or for two extrapolated runs. They are read at {looks} numbers of averaged
-iterates, evenly spaced on a log scale from the first look to the end of the stream. All
-shares are percentages, ± their Monte Carlo standard error over independent
-replications.
+float32, level 95 %. The intervals follow the rules of the
+[coverage study](coverage.md), for one run or for two extrapolated runs. They are read
+at {looks} numbers of averaged iterates, evenly spaced on a log scale from the first
+look to the end of the stream. All shares are percentages, ± their Monte Carlo standard
+error over independent replications.
 
 ## All looks
 
