@@ -164,10 +164,10 @@ def quantile(tau: float, d: int) -> Design:
 
     coefficients = np.linspace(0, 1, d)
     coefficients[0] += shift
-    density = noise.pdf(shift)
-    bounds = np.full(d, tau * (1 - tau) / density**2)
+    f = noise.pdf(shift)
+    bounds = np.full(d, tau * (1 - tau) / f**2)
     name = f"quantile {tau:g}"
-    return Design(name, loss, response, coefficients, bounds, 0.5, density, True)
+    return Design(name, loss, response, coefficients, bounds, 0.5, f, intercept=True)
 
 
 class Study(NamedTuple):

@@ -63,10 +63,9 @@ def firsts(study: Study) -> list[int]:
 def record(study: Study, seed: int) -> Path:
     """Run a study of one learning rate and one start, and return its intervals."""
     last = study.observations - study.start
-    looks = [log_spaced(first, last) for first in firsts(study)]
-    looks = np.unique(
-        np.concatenate([*looks, *(log_spaced(last / 10, last, k) for k in FIXED)])
-    )
+    watched = [log_spaced(first, last) for first in firsts(study)]
+    fixed = [log_spaced(last / 10, last, count) for count in FIXED]
+    looks = np.unique(np.concatenate([*watched, *fixed]))
     truth = study.design.coefficients[:, None]
     errors, halves = [], []
     for (state,) in states(study, seed, list(looks + study.start)):
