@@ -146,7 +146,7 @@ def take_over_groups(snapshot, names):
       snapshot: a run of torch, with one group for each label in `names`.
       names: parameter names by label.
     """
-    guide = blocks_of(ROOT / "docs" / "guides" / "from_pytorch.md")
+    guide = blocks_of(ROOT / "docs" / "how_to" / "move_a_torch_job.md")
     (block,) = [block for block in guide if "def take_over_groups" in block.text]
     namespace = {"asgd": asgd, "jax": jax, "optax": optax}
     exec(block.compiled(), namespace)
