@@ -7,7 +7,7 @@
 """
 
 import copy
-from argparse import SUPPRESS, ArgumentParser
+from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ def loss(params: Any, images: Any, labels: Any) -> jax.Array:
 
 def train_in_jax(batches: Any, checkpoint: Any) -> list[Any]:
     """Train on from a checkpoint; return parameters and averages on the way."""
-    (params, opt_state), pairs = convert(*checkpoint), []
+    params, opt_state = convert(*checkpoint)
     hyperparams: dict[str, Any] = hyperparams_from_torch(checkpoint[1])
     tx = asgd(**hyperparams)
 
@@ -94,6 +94,7 @@ def train_in_jax(batches: Any, checkpoint: Any) -> list[Any]:
         updates, opt_state = tx.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
+    pairs = []
     for step, batch in enumerate(batches, start=1):
         params, opt_state = train_step(params, opt_state, batch)
         if step % EVERY == 0:
@@ -116,6 +117,7 @@ def draw(alone: np.ndarray, moved: np.ndarray, output: Path) -> None:
     axes.legend(ncols=2)
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output)
+    plt.close(figure)
 
 
 def main(output: Path = OUTPUT, dtype: str = "float64", steps: int = STEPS) -> Any:
@@ -135,16 +137,14 @@ def main(output: Path = OUTPUT, dtype: str = "float64", steps: int = STEPS) -> A
         moved = np.array([[loss(p, *validation) for p in pair] for pair in in_jax])
         apart = jax.tree.map(lambda a, b: abs(a - b).max(), in_torch[-1], in_jax[-1])
     weights, averages = (float(max(jax.tree.leaves(tree))) for tree in apart)
+    print(f"after {len(moved) * EVERY} steps in JAX instead of PyTorch")
     print(f"weights differ by at most {weights:.2g}, averages by {averages:.2g}")
     draw(alone, moved, output)
     return {"alone": alone, "moved": moved, "largest": (weights, averages)}
 
 
 if __name__ == "__main__":
-    parser = ArgumentParser(usage=SUPPRESS, description=__doc__.partition("\n")[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=OUTPUT, help=f"default {OUTPUT}")
     parser.add_argument("--dtype", choices=("float64", "float32"), default="float64")
-    options = parser.parse_args()
-    if options.output.suffix not in (".pdf", ".png", ".svg"):
-        parser.error("argument --output: must end in .pdf, .png or .svg")
-    main(**vars(options))
+    main(**vars(parser.parse_args()))
