@@ -85,10 +85,11 @@ $(MATHJAX):
 	rm build/static/mathjax-3.2.2.tgz
 	@touch $@
 
+# Executes the pages whose code changed since the last build (build/jupyter_cache).
 .PHONY: docs
 docs: $(VENV)-docs/.docs $(MATHJAX)  ## Build the documentation in build/docs
 	rm -rf build/docs
-	$(VENV)-docs/bin/python -m sphinx -E -W --keep-going -q -d build/doctrees docs build/docs
+	$(VENV)-docs/bin/python -m sphinx -E -W --keep-going -q -j 2 -d build/doctrees docs build/docs
 
 .PHONY: test-docs
 test-docs: docs  ## Build the documentation and test it in Chromium

@@ -51,4 +51,4 @@ from asgd_optax._transforms.track_iterates import (
     track_iterates as track_iterates,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

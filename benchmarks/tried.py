@@ -9,7 +9,7 @@
   product and one difference each.
 - 100,000 leaves: the time to create the state.
 
-See `docs/developers/tried.md`.
+See `docs/explanation/tried.md`.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configuration of the documentation site. No page loads anything from other hosts."""
 
+import os
 import sys
 from pathlib import Path
 
 import asgd_optax
 
-sys.path.insert(0, str(Path(__file__).parent / "ext"))
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "docs" / "ext"))
+# For the kernels that execute the pages.
+os.environ["PYTHONPATH"] = str(ROOT)
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["MATPLOTLIBRC"] = str(ROOT / "examples" / "style.mplstyle")
 
 project = "asgd_optax"
 author = "The asgd_optax authors"
@@ -14,21 +20,41 @@ project_copyright = author
 release = asgd_optax.__version__
 
 extensions = [
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
+    "sphinx_codeautolink",
     "sphinx_copybutton",
     "sphinx_design",
     "public_symbols",
     "repository_links",
+    "signatures",
+    "symbol_links",
 ]
+
+# Pages with `file_format: mystnb` in their header are executed. The cache keeps the
+# output of pages whose code did not change.
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(ROOT / "build" / "jupyter_cache")
+nb_execution_in_temp = True
+nb_execution_raise_on_error = True
+nb_execution_timeout = 120
+nb_merge_streams = True
+
+# Link our names in code. The cells of a page share their imports.
+codeautolink_autodoc_inject = False
+codeautolink_concat_default = True
+
+templates_path = ["_templates"]
 
 # As in optax, docstrings put code in single backticks. It becomes a link if it is ours.
 default_role = "py:obj"
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # types would make signatures three lines long
+autodoc_typehints = "signature"
+python_maximum_signature_line_length = 80
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True

@@ -7,11 +7,10 @@ A small network with BatchNorm learns scikit-learn's digits by SGD at a constant
 learning rate, and its weights are averaged. The running statistics belong to the last
 iterate: the averaged weights produce different activations. `update_batch_stats`
 recomputes the statistics over the training set. The table compares the last iterate and
-the averaged weights with both kinds of statistics on the test set. The learning rate is
-large, so the iterates are far apart. All seeds train at once, under `nnx.vmap`.
+the averaged weights with both kinds of statistics on the test set.
 """
 
-from argparse import SUPPRESS, ArgumentParser
+from argparse import ArgumentParser
 from collections import namedtuple
 from collections.abc import Iterator
 from typing import Any
@@ -28,7 +27,9 @@ from tqdm import trange
 from asgd_optax import average_iterates
 from asgd_optax.flax import averaged_model, update_batch_stats
 
-RATE, STEPS, BATCH_SIZE = 3.0, 2000, 32  # averaging starts after a tenth of the steps
+LEARNING_RATE = 3.0
+STEPS = 2000  # averaging starts after a tenth of them
+BATCH_SIZE = 32
 HIDDEN_UNITS = 64
 MOMENTUM = 0.9  # of the running statistics
 SEEDS = 10
@@ -44,7 +45,8 @@ STATISTICS = ["running", "stale", "recomputed"]
 def load_splits() -> tuple[Data, Data]:
     """Load the 1297 training and 500 test examples, always the same."""
     x, y = load_digits(return_X_y=True)
-    x, split = (x / 16).astype(np.float32), {"test_size": 500, "random_state": 0}
+    x = (x / 16).astype(np.float32)
+    split = {"test_size": 500, "random_state": 0}
     x, x_test, y, y_test = train_test_split(x, y, stratify=y, **split)
     return Data(x, y), Data(x_test, y_test)
 
@@ -127,7 +129,9 @@ def compare(model: nnx.Module, optimizer: Any, training: Data, test: Data) -> Re
     return jax.tree.map(np.asarray, Results(last, stale, evaluate(averaged, test)))
 
 
-def main(rate: float = RATE, *, steps: int = STEPS, seeds: int = SEEDS) -> Results:
+def main(
+    rate: float = LEARNING_RATE, *, steps: int = STEPS, seeds: int = SEEDS
+) -> Results:
     training, test = load_splits()
     model, optimizer = train(training, rate, steps, seeds)
     results = compare(model, optimizer, training, test)
@@ -142,5 +146,5 @@ def main(rate: float = RATE, *, steps: int = STEPS, seeds: int = SEEDS) -> Resul
 
 
 if __name__ == "__main__":
-    ArgumentParser(usage=SUPPRESS, description=__doc__.partition("\n")[0]).parse_args()
+    ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     main()

@@ -3,21 +3,16 @@
 
     python -m examples.data_parallel
 
-A Flax network learns scikit-learn's digits by ASGD. Each minibatch is divided among the
-devices, here eight virtual devices of a CPU. Both ways give the same weights:
+A Flax network learns digits by ASGD on eight virtual CPU devices, in two ways:
 
-- *pmap*: every device keeps all parameters and the whole average. `jax.pmap` still
-  works; its successors are `jax.shard_map`, and `jit` as below.
+- *pmap*: every device keeps all parameters and the whole average.
 - *jit*: parameters and average are sharded over the devices ("FSDP"). The step is that
-  for one device; `jax.jit` adds the communication, of which the update needs none.
+  for one device; `jax.jit` adds the communication. The update needs none.
 
-Several processes work in the same way: each calls `jax.distributed.initialize()`, which
-finds the others, then `train("jit")` (`benchmarks/data_parallel.py`). On a TPU slice
-(`gcloud compute tpus tpu-vm ssh NAME --worker=all --command=...`) and on GPU nodes
-(`srun --ntasks-per-node=8 --gpus-per-task=1 ...`) this is untested.
+With several processes, each calls `jax.distributed.initialize()`, then `train("jit")`.
 """
 
-from argparse import SUPPRESS, ArgumentParser
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -29,11 +24,13 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from tqdm import tqdm
+from tqdm import trange
 
 from asgd_optax import asgd, averaged_params
 
-STEPS, BATCH, RATE = 200, 64, 1.0
+STEPS = 200
+BATCH = 64
+LEARNING_RATE = 1.0
 NOISE = np.float32(0.2)  # standard deviation; pixels are in [0, 1]
 NETWORK = nn.Sequential([nn.Dense(512), nn.relu, nn.Dense(10)])
 
@@ -53,18 +50,21 @@ class Outcome(NamedTuple):
 
 def load() -> list[Data]:
     """Load training and test images, the same as in `examples/digits.py`."""
-    images, labels = load_digits(return_X_y=True)
-    split = partial(train_test_split, test_size=400, random_state=0)
-    others, test = split(np.arange(len(labels)), stratify=labels)
-    training, _ = split(others, stratify=labels[others])
-    return [((images[i] / 16).astype(np.float32), labels[i]) for i in (training, test)]
+    x, y = load_digits(return_X_y=True)
+    x = (x / 16).astype(np.float32)
+    split = {"test_size": 400, "random_state": 0}
+    x, x_test, y, y_test = train_test_split(x, y, stratify=y, **split)
+    x, _, y, _ = train_test_split(x, y, stratify=y, **split)
+    return [(x, y), (x_test, y_test)]
 
 
 def minibatches(images: np.ndarray, labels: np.ndarray) -> Iterator[Data]:
     """Yield noisy minibatches forever, in a new order of the images in each epoch."""
-    rng, n = np.random.default_rng(0), len(labels)
+    rng = np.random.default_rng(0)
     while True:
-        for picked in rng.permutation(n)[: n // BATCH * BATCH].reshape(-1, BATCH):
+        order = rng.permutation(len(labels))
+        for start in range(0, len(order) - BATCH + 1, BATCH):
+            picked = order[start : start + BATCH]
             noise = NOISE * rng.standard_normal((BATCH, 64), np.float32)
             yield images[picked] + noise, labels[picked]
 
@@ -79,8 +79,8 @@ def by_pmap(step: Step, init: Any, params: optax.Params) -> tuple[Step, Carry]:
     """Copy everything to every device, stacked along a first axis."""
     n = jax.device_count()
     step = jax.pmap(step, axis_name="devices", donate_argnums=0)
-    copied = jax.tree.map(lambda x: np.stack([x] * n), params)
-    carry = jax.pmap(lambda params: (params, init(params)))(copied)
+    params = jax.tree.map(lambda x: np.stack([x] * n), params)
+    carry = params, jax.pmap(init)(params)
     divide = partial(jax.tree.map, lambda x: x.reshape(n, -1, *x.shape[1:]))
     return lambda carry, batch: step(carry, divide(batch)), carry
 
@@ -102,7 +102,8 @@ def by_jit(step: Step, init: Any, params: optax.Params) -> tuple[Step, Carry]:
 def train(how: str, steps: int = STEPS) -> Outcome:
     """Train on the devices of all processes that have been joined."""
     training, test = load()
-    tx = optax.chain(optax.clip_by_global_norm(1.0), asgd(RATE, 0.0, t0=steps // 2))
+    optimizer = asgd(LEARNING_RATE, lambd=0.0, t0=steps // 2)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optimizer)
 
     def one_step(carry: Carry, batch: Data) -> Carry:
         params, state = carry
@@ -116,7 +117,7 @@ def train(how: str, steps: int = STEPS) -> Outcome:
     params = jax.tree.map(np.asarray, params)  # on the host
     step, carry = {"pmap": by_pmap, "jit": by_jit}[how](one_step, tx.init, params)
     batches = minibatches(*training)
-    for _ in tqdm(range(steps), how, disable=jax.process_index() > 0):
+    for _ in trange(steps, desc=how, disable=jax.process_index() > 0):
         # Devices of one CPU share threads, so several steps in flight can deadlock.
         carry = jax.block_until_ready(step(carry, next(batches)))
     params, average = carry[0], averaged_params(carry[1], carry[0])
@@ -133,18 +134,17 @@ def report(outcomes: dict[str, Outcome]) -> None:
     print("| way       | last iterate | average  | params, kB | state, kB |")
     print("| --------- | ------------ | -------- | ---------- | --------- |")
     for how, (last, average, params, state) in outcomes.items():
-        held = f"{params / 1e3:<10.1f} | {state / 1e3:<9.1f}"
-        print(f"| {how:9} | {last:<12.6f} | {average:.6f} | {held} |")
+        memory = f"{params / 1e3:<10.1f} | {state / 1e3:<9.1f}"
+        print(f"| {how:9} | {last:<12.6f} | {average:.6f} | {memory} |")
 
 
 def main(steps: int = STEPS) -> dict[str, Outcome]:
-    """Train both ways, print the table and return the results."""
     outcomes = {how: train(how, steps) for how in ("pmap", "jit")}
     report(outcomes)
     return outcomes
 
 
 if __name__ == "__main__":
-    ArgumentParser(usage=SUPPRESS, description=__doc__.partition("\n")[0]).parse_args()
+    ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     jax.config.update("jax_num_cpu_devices", 8)
     main()

@@ -8,8 +8,7 @@ keep moving with the noise of the minibatches. Their exponential moving average 
 settles near the sine.
 """
 
-import io
-from argparse import SUPPRESS, ArgumentParser
+from argparse import ArgumentParser
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -108,6 +107,7 @@ def draw(results: Results, output: Path) -> None:
     right.set(xlabel="x", title="Fitted curves at the end")
     for axes in (left, right):
         axes.legend()
+    output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output)
     plt.close(figure)
 
@@ -121,13 +121,6 @@ def main(output: Path = OUTPUT, *, steps: int = STEPS, seed: int = 0) -> Results
 
 
 if __name__ == "__main__":
-    parser = ArgumentParser(usage=SUPPRESS, description=__doc__.partition("\n")[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=OUTPUT, help=f"default {OUTPUT}")
-    output = parser.parse_args().output
-    try:  # fail before training, and leave an existing figure as it is
-        plt.savefig(io.BytesIO(), format=output.suffix[1:])
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.open("ab").close()
-    except (OSError, ValueError) as error:
-        parser.error(f"argument --output: {error}")
-    main(output)
+    main(parser.parse_args().output)

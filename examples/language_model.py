@@ -7,9 +7,8 @@ A word-level LSTM learns the texts of Python's `help()` at a constant learning r
 `nt_asgd` runs SGD until the validation loss stops improving, then starts averaging.
 """
 
-import io
 import re
-from argparse import SUPPRESS, ArgumentParser
+from argparse import ArgumentParser
 from collections import Counter
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -21,13 +20,17 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from flax import linen as nn
-from tqdm import tqdm
+from tqdm import trange
 
 from asgd_optax import averaged_params, nt_asgd
 
-SEED, EPOCHS, HIDDEN, RATE, NONMONO, CLIP = 0, 30, 128, 30.0, 2, 0.25
-BATCH_SIZE, BPTT = 20, 35  # parallel streams; words per window of backpropagation
-DROPOUT, WEIGHT_DECAY, OUTPUT = 0.3, 1.2e-6, Path("out/language_model.png")
+LEARNING_RATE = 30.0
+NONMONO = 2  # epochs
+MAX_GRADIENT_NORM = 0.25
+BATCH_SIZE = 20  # parallel streams
+BPTT = 35  # words per window of backpropagation
+DROPOUT = 0.3
+OUTPUT = Path("out/language_model.png")
 
 
 def load() -> tuple[int, list[Any]]:
@@ -35,7 +38,8 @@ def load() -> tuple[int, list[Any]]:
     # Drop tables and repeated paragraphs, or validation would repeat training text.
     paragraphs = dict.fromkeys(re.split(r"\n\s*\n", "\n\n".join(topics.values())))
     texts = [text for text in paragraphs if not re.search(r"[-=+|]{3}|== ", text)]
-    parts, windows = [list[str](), list[str]()], list[Any]()
+    parts: list[list[str]] = [[], []]
+    windows: list[Any] = []
     for i, paragraph in enumerate(texts):  # ten paragraphs in a row per part
         parts[i // 10 % 10 == 9] += re.findall(r"\w+|[^\w\s]", paragraph)
     counted = enumerate(Counter(parts[0]).most_common(), 1)
@@ -105,46 +109,41 @@ def mean_cross_entropy(model: LanguageModel, text: Any, params: Any) -> jax.Arra
     return jax.lax.scan(step, model.start(), text)[1].sum() / text[2].sum()
 
 
-def main(output: Path = OUTPUT, epochs: int = EPOCHS, hidden: int = HIDDEN) -> Any:
+def main(output: Path = OUTPUT, epochs: int = 30, hidden: int = 128) -> Any:
     """Train, save the figure, print and return the perplexities."""
     words, (training, validation) = load()
-    model, key = LanguageModel(words, hidden), jax.random.key(SEED)
-    averaging = nt_asgd(RATE, nonmono=NONMONO, weight_decay=WEIGHT_DECAY)
-    tx = optax.chain(optax.clip_by_global_norm(CLIP), averaging)
+    model = LanguageModel(words, hidden)
+    key = jax.random.key(0)
+    clip = optax.clip_by_global_norm(MAX_GRADIENT_NORM)
+    tx = optax.chain(clip, nt_asgd(LEARNING_RATE, nonmono=NONMONO))
     train = jax.jit(lambda *args: train_epoch(model, tx, training, *args))
     measure = jax.jit(lambda params: mean_cross_entropy(model, validation, params))
     params = model.init(key, training[0][0])
-    state, loss, curves, began = (params, tx.init(params)), jnp.nan, [], epochs
-    for epoch in (bar := tqdm(range(epochs), unit="epoch")):
+    state = (params, tx.init(params))
+    loss, curves, began = jnp.nan, [], epochs
+    for epoch in trange(epochs, unit="epoch"):
         params, opt_state = state = train(jax.random.fold_in(key, epoch), state, loss)
         began = min(began, epoch if opt_state[1].triggered else epochs)
         loss = measure(params)  # also the average's, until averaging starts
         curves.append(np.exp([loss, measure(averaged_params(opt_state, params))]))
-        bar.set_postfix_str("perplexity {:.1f}, average {:.1f}".format(*curves[-1]))
+    iterate, average = np.transpose(curves)
     print(f"nt_asgd averages after epoch {began} of {epochs}; validation perplexity:")
-    print("last iterate {:.2f}, average {:.2f}".format(*curves[-1]))
+    print(f"last iterate {iterate[-1]:.2f}, average {average[-1]:.2f}")
     plt.style.use(Path(__file__).with_name("style.mplstyle"))
     figure, axes = plt.subplots(figsize=(7, 4))
-    when, (iterate, averages) = np.arange(1, epochs + 1), np.transpose(curves)
-    axes.plot(when, iterate, color="C0", label="iterate")
-    axes.plot(when[began - 1 :], averages[began - 1 :], color="C1", label="average")
-    axes.axvline(began, color="C1", linestyle=":", label="nt_asgd begins to average")
-    axes.set(xlabel="epoch", ylabel="validation perplexity")
-    axes.set_ylim(top=2 * averages[-1])  # the first epochs are far above
+    when = np.arange(1, epochs + 1)
+    axes.plot(when, iterate, color="C0", label="last iterate")
+    axes.plot(when[began - 1 :], average[began - 1 :], color="C1", label="average")
+    axes.axvline(began, color="C1", linestyle=":", label="averaging starts")
+    limits = (None, 2 * average[-1])  # the first epochs are far above
+    axes.set(xlabel="epoch", ylabel="validation perplexity", ylim=limits)
     axes.legend()
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output)
-    return {"iterate": iterate, "average": averages, "began": began}
+    return {"iterate": iterate, "average": average, "began": began}
 
 
 if __name__ == "__main__":
-    parser = ArgumentParser(usage=SUPPRESS, description=__doc__.partition("\n")[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=OUTPUT, help=f"default {OUTPUT}")
-    output = parser.parse_args().output
-    try:  # fail before training, and leave an existing figure as it is
-        plt.savefig(io.BytesIO(), format=output.suffix[1:])
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.open("ab").close()
-    except (OSError, ValueError) as error:
-        parser.error(f"argument --output: {error}")
-    main(output)
+    main(parser.parse_args().output)

@@ -3,15 +3,13 @@
 
     python -m examples.online_inference
 
-What makes a tumour malignant? SGD learns from one observation per step. Coefficients, a
-contrast and log odds are streams for `running_random_scaling`. A second run, at twice
-the learning rate, removes the bias of SGD's average: 2 p_c - p_2c. The stream draws
-scikit-learn's 569 tumours with replacement, because epochs would not be independent.
-The intervals are for the maximum-likelihood fit to these, not for their population.
+What makes a tumour malignant? Coefficients, a contrast and log odds are streams for
+`running_random_scaling`. A second run, at twice the learning rate, removes the bias of
+SGD's average: 2 p_c - p_2c. The stream draws scikit-learn's 569 tumours with
+replacement; the intervals are for the maximum-likelihood fit to these.
 """
 
-import io
-from argparse import SUPPRESS, ArgumentParser
+from argparse import ArgumentParser
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,9 +28,11 @@ from asgd_optax import (
     running_random_scaling,
 )
 
-OBSERVATIONS, STREAMS, READINGS = 100_000, 400, 200
-LEVEL, OUTPUT = 0.95, Path("out/online_inference.png")
-RATE = 5.0  # c of the learning rate min(1/d, c t^-0.505)
+OBSERVATIONS = 100_000  # per stream
+STREAMS = 400
+READINGS = 200
+LEARNING_RATE = 5.0  # c of min(1/d, c t^-0.505)
+OUTPUT = Path("out/online_inference.png")
 COLUMNS = 1, 4, 8  # mean texture, smoothness and symmetry
 QUESTIONS = {  # linear combinations of the intercept and the coefficients
     "texture": (0, 1, 0, 0),
@@ -65,7 +65,8 @@ def follow(c: float, observations: int, streams: int) -> Study:
     """Run SGD over all streams at once; read the intervals `READINGS` times."""
     x, y = (jnp.asarray(a, jnp.float32) for a in tumours())
     questions = np.array(list(QUESTIONS.values()), np.float32)
-    d, size = x.shape[1], observations // READINGS
+    d = x.shape[1]
+    size = observations // READINGS
     scaling = running_random_scaling(start=observations // 100)
 
     def observe(carry: Any, key: jax.Array) -> tuple[Any, None]:
@@ -85,11 +86,12 @@ def follow(c: float, observations: int, streams: int) -> Study:
     @jax.vmap
     def learn(carry: Any, key: jax.Array) -> tuple[Any, ConfidenceInterval]:
         carry, _ = jax.lax.scan(observe, carry, jax.random.split(key, size))
-        return carry, confidence_interval(carry[-1], LEVEL)
+        return carry, confidence_interval(carry[-1])
 
     carry: Any = 1.0, jnp.zeros((2, d)), scaling.init(np.zeros((2, len(QUESTIONS))))
-    carry, read = jax.tree.map(lambda a: jnp.stack([a] * streams), carry), []
-    for reading in trange(READINGS, desc=f"c = {c:g}", unit="obs", unit_scale=size):
+    carry = jax.tree.map(lambda a: jnp.stack([a] * streams), carry)
+    read = []
+    for reading in trange(READINGS, desc=f"c = {c:g}"):
         carry, ends = learn(carry, jax.random.split(jax.random.key(reading), streams))
         read.append(ends)
     lower, upper = intervals = jax.tree.map(lambda *ends: np.stack(ends), *read)
@@ -100,11 +102,15 @@ def follow(c: float, observations: int, streams: int) -> Study:
 
 
 def draw(study: Study, output: Path) -> None:
+    """Draw the coverage of all intervals, and the intervals of one stream."""
     plt.style.use(Path(__file__).with_name("style.mplstyle"))
     figure, axes = plt.subplot_mosaic("ab;ac", figsize=(9, 4.8))
-    rows, late = np.arange(len(QUESTIONS)), slice(READINGS // 10, None)
-    covered, n = 100 * study.covered, study.observations[late]
-    share, error = covered.mean(axis=0), 2 * covered.std(axis=0) / len(covered) ** 0.5
+    rows = np.arange(len(QUESTIONS))
+    covered = 100 * study.covered
+    late = slice(READINGS // 10, None)
+    n = study.observations[late]
+    share = covered.mean(axis=0)
+    error = 2 * covered.std(axis=0) / len(covered) ** 0.5
     for k, (name, color) in enumerate(ESTIMATES.items()):
         bars = partial(axes["a"].errorbar, fmt="o", color=color, label=name)
         bars(share[k], rows + (k - 0.5) / 5, xerr=error[k])
@@ -114,17 +120,16 @@ def draw(study: Study, output: Path) -> None:
             ax.plot(n, (lower + upper) / 2, color=color)
             ax.axhline(study.truth[j], color="0.3", linestyle="--")
             ax.set(ylabel=list(QUESTIONS)[j], xscale="log", xlabel="draws, one stream")
-    axes["a"].axvline(100 * LEVEL, color="0.3", linestyle="--", label="95 %; the truth")
+    axes["a"].axvline(95, color="0.3", linestyle="--", label="95 %; true value")
     axes["a"].set(yticks=rows, yticklabels=QUESTIONS, ylim=(len(rows) - 0.5, -0.5))
-    axes["a"].set(xlabel="intervals that hold the truth (%)")
+    axes["a"].set(xlabel="intervals that cover the true value (%)")
     figure.legend(loc="outside lower center", ncols=3)
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output)
-    plt.close(figure)
 
 
 def main(output: Path = OUTPUT, n: int = OBSERVATIONS, streams: int = STREAMS) -> Study:
-    study = follow(RATE, n, streams)
+    study = follow(LEARNING_RATE, n, streams)
     draw(study, output)
     lower, upper = (ends[-1, 0] for ends in study.intervals)
     print("| question             | estimate  | one stream       | all 569 | covered |")
@@ -138,13 +143,6 @@ def main(output: Path = OUTPUT, n: int = OBSERVATIONS, streams: int = STREAMS) -
 
 
 if __name__ == "__main__":
-    parser = ArgumentParser(usage=SUPPRESS, description=__doc__.partition("\n")[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=OUTPUT, help=f"default {OUTPUT}")
-    output = parser.parse_args().output
-    try:  # fail before training, and leave an existing figure as it is
-        plt.savefig(io.BytesIO(), format=output.suffix[1:])
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.open("ab").close()
-    except (OSError, ValueError) as error:
-        parser.error(f"argument --output: {error}")
-    main(output)
+    main(parser.parse_args().output)

@@ -13,7 +13,7 @@ runs only in a checkout.
 """
 
 import math
-from argparse import SUPPRESS, ArgumentParser
+from argparse import ArgumentParser
 from typing import NamedTuple
 
 import jax
@@ -143,5 +143,5 @@ def main(topology: str = TOPOLOGY, layers: int = LAYERS, apart: bool = False) ->
 
 
 if __name__ == "__main__":
-    ArgumentParser(usage=SUPPRESS, description=__doc__.partition("\n")[0]).parse_args()
+    ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     main()

@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> batch_norm.Results:
     parser.add_argument(
         "--rate",
         type=command_line.positive,
-        default=batch_norm.RATE,
+        default=batch_norm.LEARNING_RATE,
         help="learning rate, constant (default: %(default)s)",
     )
     command_line.add_steps(parser, batch_norm.STEPS)

@@ -40,7 +40,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--rate",
         type=command_line.positive,
         nargs="+",
-        default=[digits.RATE],
+        default=[digits.LEARNING_RATE],
         help="initial learning rates (default: 0.6, as in the example)",
     )
     parser.add_argument(

@@ -43,6 +43,7 @@ from examples.language_model import BATCH_SIZE, BPTT, LanguageModel
 from tools import command_line, report
 
 EMA_DECAY = 0.999
+WEIGHT_DECAY = 1.2e-6
 
 # The text.
 UNKNOWN, LINE_END = "<unk>", "<eos>"
@@ -191,12 +192,10 @@ class Setup(NamedTuple):
 def optimizer(setup: Setup) -> optax.GradientTransformationExtraArgs:
     """Return SGD at a constant learning rate, with two averages of its iterates."""
     return optax.named_chain(
-        ("clip", optax.clip_by_global_norm(lesson.CLIP)),
+        ("clip", optax.clip_by_global_norm(lesson.MAX_GRADIENT_NORM)),
         (
             "average",
-            nt_asgd(
-                setup.rate, nonmono=setup.nonmono, weight_decay=lesson.WEIGHT_DECAY
-            ),
+            nt_asgd(setup.rate, nonmono=setup.nonmono, weight_decay=WEIGHT_DECAY),
         ),
         ("ema", average_iterates(exponential_weighting(EMA_DECAY))),
     )
@@ -205,8 +204,8 @@ def optimizer(setup: Setup) -> optax.GradientTransformationExtraArgs:
 def sgd(rate: jax.Array) -> optax.GradientTransformationExtraArgs:
     """Return the same SGD, without averages and at any learning rate."""
     tx = optax.chain(
-        optax.clip_by_global_norm(lesson.CLIP),
-        optax.add_decayed_weights(lesson.WEIGHT_DECAY),
+        optax.clip_by_global_norm(lesson.MAX_GRADIENT_NORM),
+        optax.add_decayed_weights(WEIGHT_DECAY),
         optax.sgd(rate),
     )
     return optax.with_extra_args_support(tx)

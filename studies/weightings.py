@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> weightings.Results:
     parser.add_argument(
         "--rate",
         type=command_line.positive,
-        default=weightings.RATE,
+        default=weightings.LEARNING_RATE,
         help="Adam's learning rate (default: %(default)s)",
     )
     command_line.add_steps(parser, weightings.STEPS)

@@ -80,7 +80,7 @@ def state_from_torch(
     change it, and counts its steps from its first gradient. Pass its `weights` to
     include it: `asgd` then decays it and counts its steps with all the others. To
     continue exactly as torch would, leave it out with `optax.set_to_zero`, under
-    `optax.partition` (see docs/guides/from_pytorch.md, "Parameter groups").
+    `optax.partition` (see docs/how_to/move_a_torch_job.md, "Parameter groups").
 
     To get another kind of average than the default, such as a compensated one, use
     `state._replace(ax=asgd(..., compensated=True).init(state.ax).ax)`.

@@ -10,7 +10,7 @@ import numpy as np
 _HYPERPARAMS = ("lr", "lambd", "alpha", "t0", "weight_decay")
 
 _USE_PARTITION = (
-    "give each its own asgd with optax.partition, as in docs/guides/from_pytorch.md"
+    "give each its own asgd with optax.partition, as in docs/how_to/move_a_torch_job.md"
     " under 'Parameter groups'"
 )
 

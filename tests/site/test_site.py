@@ -34,8 +34,14 @@ ARGUMENTS = [
 ]
 
 HOME = "index.html"
-MATHEMATICS = ["choosing.html", "api/asgd.html"]
-SCREENSHOTS = [HOME, "choosing.html", "api/asgd.html", "gallery.html"]
+API = "reference/api/asgd_optax."
+MATHEMATICS = ["reference/weightings.html", API + "asgd.html"]
+SCREENSHOTS = [
+    HOME,
+    "tutorial/first_ema.html",
+    API + "asgd.html",
+    "reference/gallery.html",
+]
 # Without a build one case remains, which fails.
 PAGES = sorted(str(p.relative_to(SITE)) for p in SITE.rglob("*.html")) or [HOME]
 WIDTHS = [1280, 390]
@@ -126,6 +132,30 @@ def scrolls_sideways(page: Page) -> bool:
     )
 
 
+def broken_names(page: Page) -> list[str]:
+    """Return the names in tables that do not fit on one line.
+
+    A word of a literal that has more than one rectangle is broken.
+    """
+    broken: list[str] = page.evaluate(r"""() => {
+      const names = [];
+      for (const code of document.querySelectorAll("article td code")) {
+        const walker = document.createTreeWalker(code, NodeFilter.SHOW_TEXT);
+        for (let node; (node = walker.nextNode()); )
+          for (const match of node.data.matchAll(/\w+/g)) {
+            const range = document.createRange();
+            range.setStart(node, match.index);
+            range.setEnd(node, match.index + match[0].length);
+            const rectangles = [...range.getClientRects()];
+            const lines = new Set(rectangles.map(r => Math.round(r.top)));
+            if (lines.size > 1) names.push(match[0]);
+          }
+      }
+      return names;
+    }""")
+    return broken
+
+
 @pytest.mark.parametrize("path", PAGES)
 def test_page_loads_without_errors_and_fits_its_width(
     browser: Browser, root: str, path: str
@@ -135,8 +165,9 @@ def test_page_loads_without_errors_and_fits_its_width(
         for width in WIDTHS:
             page.set_viewport_size({"width": width, "height": 900})
             assert not scrolls_sideways(page), width
-        broken = "[...document.images].filter(i => !i.naturalWidth).map(i => i.src)"
-        assert page.evaluate(broken) == []
+            assert broken_names(page) == [], width
+        unusable = "[...document.images].filter(i => !i.naturalWidth || !i.alt.trim())"
+        assert page.evaluate(f"{unusable}.map(i => i.src)") == []
         mathematics = page.locator(".math")
         assert mathematics.locator("mjx-container").count() == mathematics.count()
         assert page.locator("mjx-merror").count() == 0
@@ -158,8 +189,30 @@ def test_formulas_are_set_inline_and_displayed(
         )
 
 
+def test_names_in_code_and_text_link_to_their_pages(
+    browser: Browser, root: str
+) -> None:
+    with visited(browser, root, "how_to/nnx.html", 1280) as (page, *_):
+        for kind in ("a.sphinx-codeautolink-a", "p a:has(code)"):
+            links = page.locator(f"article {kind}")
+            found = links.evaluate_all("links => links.map(link => link.href)")
+            assert any(API + "average_iterates.html" in link for link in found), kind
+
+
+def test_every_card_of_the_gallery_links_to_a_page(browser: Browser, root: str) -> None:
+    with visited(browser, root, "reference/gallery.html", 1280) as (page, *_):
+        cards = page.locator("article .sd-card")
+        assert cards.locator("a.sd-stretched-link").count() == cards.count() > 0
+
+
+def test_signatures_have_types(browser: Browser, root: str) -> None:
+    with visited(browser, root, API + "average_iterates.html", 1280) as (page, *_):
+        signature = page.locator("dt.sig").first.inner_text()
+        assert "weighting: Weighting | float | None = None" in signature
+
+
 def test_every_code_block_has_a_copy_button(browser: Browser, root: str) -> None:
-    with visited(browser, root, HOME, 1280) as (page, *_):
+    with visited(browser, root, "how_to/nnx.html", 1280) as (page, *_):
         blocks = page.locator("div.highlight")
         assert blocks.locator("button.copybtn").count() == blocks.count() > 0
 
@@ -178,7 +231,8 @@ def test_search_finds_the_page_of_a_function(
         page.wait_for_load_state("networkidle")
         links = page.locator("#search-results li a")
         found = links.evaluate_all("links => links.map(link => link.href)")
-        assert any(link.startswith(f"{root}api/averaged_params.html") for link in found)
+        page_of_function = f"{root}{API}averaged_params.html"
+        assert any(link.startswith(page_of_function) for link in found)
         assert not scrolls_sideways(page)
         assert errors == []
         assert outside == []
