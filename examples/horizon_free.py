@@ -8,8 +8,7 @@ so one run is read at every horizon. A cosine to zero needs a run for each. The 
 of the one run keeps up with the cosines; its last iterate does not.
 """
 
-import io
-from argparse import SUPPRESS, ArgumentParser
+from argparse import ArgumentParser
 from collections import namedtuple
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,13 +22,17 @@ import optax
 
 from asgd_optax import average_iterates, averaged_params, polynomial_weighting
 
-D, A, B = 1000, 1.5, 2.5  # parameters; exponents of the variances and the source
+D = 1000  # parameters
+A, B = 1.5, 2.5  # exponents of the variances and of the source
 VARIANCES = np.arange(1, D + 1) ** -A
 TRUE = np.sqrt(np.arange(1, D + 1) ** -B / VARIANCES)
-GAMMA, PEAK = 1 - A / B, 0.7 / VARIANCES.sum()
-FIRST, LAST, SEEDS = 8, 15, 8  # horizons 2^8 to 2^15; runs of each row
+GAMMA = 1 - A / B  # exponent of the learning rate
+PEAK = 0.7 / VARIANCES.sum()
+FIRST, LAST = 8, 15  # horizons 2^8, 2^9, ..., 2^15
+SEEDS = 8
 OUTPUT = Path("out/horizon_free.png")
 NAMES = "t^-0.4, last iterate", "t^-0.4, averaged", "cosine, a run per horizon"
+
 # Excess risks, shape (horizons, seeds), by name.
 Results = namedtuple("Results", ["horizons", "risks"])
 
@@ -81,7 +84,8 @@ def train(schedule: Any, horizons: Sequence[int], seeds: int) -> list[Any]:
 def draw(results: Results, output: Path) -> None:
     """Draw the excess risks over the horizons, mean over seeds."""
     plt.style.use(Path(__file__).with_name("style.mplstyle"))
-    (figure, axes), (horizons, risks) = plt.subplots(figsize=(7, 4.2)), results
+    figure, axes = plt.subplots(figsize=(7, 4.2))
+    horizons, risks = results
     for (name, values), style in zip(risks.items(), ["C0", "C1", "C2o"], strict=True):
         axes.plot(horizons, values.mean(axis=1), style, label=name)
     slope = -(B - 1) / max(A, B)  # from theory
@@ -90,6 +94,7 @@ def draw(results: Results, output: Path) -> None:
     axes.set(xlabel="horizon (steps)", ylabel="excess risk", xscale="log", yscale="log")
     axes.set_title("One run without a horizon, and a cosine for each horizon")
     axes.legend()
+    output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output)
     plt.close(figure)
 
@@ -108,13 +113,6 @@ def main(output: Path = OUTPUT, *, last: int = LAST, seeds: int = SEEDS) -> Resu
 
 
 if __name__ == "__main__":
-    parser = ArgumentParser(usage=SUPPRESS, description=__doc__.partition("\n")[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=OUTPUT, help=f"default {OUTPUT}")
-    output = parser.parse_args().output
-    try:  # fail before training, and leave an existing figure as it is
-        plt.savefig(io.BytesIO(), format=output.suffix[1:])
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.open("ab").close()
-    except (OSError, ValueError) as error:
-        parser.error(f"argument --output: {error}")
-    main(output)
+    main(parser.parse_args().output)

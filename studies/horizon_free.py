@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
+from matplotlib.lines import Line2D
 from tqdm import tqdm
 
 from asgd_optax import (
@@ -281,14 +282,15 @@ def tune_schedules(design: Design, sizes: Sizes) -> tuple[np.ndarray, np.ndarray
     return best[0], best[1]
 
 
-def large_risks(design: Design, sizes: Sizes, rows: list[Row]) -> np.ndarray:
-    """Return the expected risks with 500 times as many parameters."""
+def row_risks(design: Design, d: int, sizes: Sizes, rows: list[Row]) -> np.ndarray:
+    """Return the expected risks with `d` parameters, shape (rows, horizons)."""
     rates = [
         np.array([getattr(r, x) for r in rows]) for x in ("peak", "alpha", "gamma")
     ]
     with enable_x64(True):
-        groups = group(design, 500 * sizes.d)
-        risks = np.asarray(expected_risks(groups, tuple(rates), last=sizes.last))
+        risks = np.asarray(
+            expected_risks(group(design, d), tuple(rates), last=sizes.last)
+        )
     which = [READINGS.index(row.reading) for row in rows]
     return risks[sizes.first :, which, np.arange(len(rows))].T
 
@@ -395,7 +397,7 @@ def compute(design: Design, sizes: Sizes, cache: Path) -> Result:
         return Result(rows, **fields)
     rows, expected = tune(design, sizes)
     peaks, expected_scheduled = tune_schedules(design, sizes)
-    large = large_risks(design, sizes, rows)
+    large = row_risks(design, 500 * sizes.d, sizes, rows)
     measured, scheduled = simulate(design, sizes, rows, peaks)
     result = Result(
         rows, expected, measured, peaks, expected_scheduled, scheduled, large
@@ -578,8 +580,8 @@ def draw(results: dict[Design, Result], sizes: Sizes, output: Path) -> None:
         draw_design(row, design, sizes, result)
     for axis in axes[-1]:
         axis.set_xlabel("horizon (steps)")
-    styles = [plt.Line2D([], [], color="0.3", ls=style) for style in STYLES.values()]
-    styles.append(plt.Line2D([], [], color="k", lw=4, alpha=0.25))
+    styles = [Line2D([], [], color="0.3", ls=style) for style in STYLES.values()]
+    styles.append(Line2D([], [], color="k", lw=4, alpha=0.25))
     names = [*STYLES, "envelope: best schedule, a run per horizon"]
     figure.legend(styles, names, loc="outside upper center", ncols=4)
     figure.savefig(output)
@@ -594,8 +596,8 @@ at zero, noise of variance 1. Input i has the variance i^-a. Its source, the var
 times the squared true parameter, is i^-b. *Excess risk*: the expected squared error \
 of a prediction, less the noise. {seeds} seeds; horizons 2^{first} to 2^{last}.
 
-**Without a horizon.** One run serves all horizons. It is read as its last iterate, its \
-uniform average, `polynomial_weighting(3)`, or an EMA of decay 0.999. "1/sqrt(t), \
+**Without a horizon.** One run serves all horizons. It is read as its last iterate, \
+its uniform average, `polynomial_weighting(3)`, or an EMA of decay 0.999. "1/sqrt(t), \
 alpha" is sqrt(alpha / (t + alpha)).
 
 **With a horizon.** The cosine, and the stable learning rate that decays linearly over \
@@ -605,9 +607,9 @@ needs no warm-up.
 
 **Tuning.** The expected excess risk follows an exact recursion, so tuning needs no \
 seeds. Peaks come from a grid with a factor of sqrt(2) that reaches divergence, alpha \
-from {alphas}. A run without a horizon has one peak for all horizons: that of the least \
-geometric mean of the expected excess risks. Peaks are in units of 1 / (sum of the \
-variances).
+from {alphas}. A run without a horizon has one peak for all horizons: that of the \
+least geometric mean of the expected excess risks. Peaks are in units of 1 / (sum of \
+the variances).
 
 **Exponents.** All are fitted to the {fitted} longest horizons. *Exponent*: the mean ± \
 standard error of the fits to each seed. *Expected*: the fit to the expected excess \
