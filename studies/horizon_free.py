@@ -101,7 +101,7 @@ class Design(NamedTuple):
         """
         bias = (1 - gamma) * (self.b - 1) / self.a
         variance = gamma if reading == LAST else 1 - (1 - gamma) / self.a
-        return -min(bias, variance)
+        return 0 - min(bias, variance)
 
     def variances(self, d: int) -> np.ndarray:
         return np.arange(1, d + 1) ** -self.a
@@ -518,6 +518,7 @@ def cost_table(sizes: Sizes) -> str:
 
 COLORS = {CONSTANT: "C4", ROOT: "C2"}  # t^-gamma: C1
 STYLES = {LAST: ":", UNIFORM: "--", POLYNOMIAL: "-"}
+TICKS = 0.5, 0.7, 1, 1.5, 2, 3, 5, 8
 
 
 def drawn_rows(design: Design, result: Result) -> list[tuple[int, str, str]]:
@@ -540,42 +541,37 @@ def draw_design(axes: Any, design: Design, sizes: Sizes, result: Result) -> None
     for n, color, style in drawn_rows(design, result):
         left.plot(horizons, result.measured[n].mean(axis=-1), style, color=color)
         right.plot(horizons, relative[n], style, color=color)
-    slope = 0.55 * best[-1] * (horizons / horizons[-1]) ** design.optimum
-    left.plot(horizons, slope, color="k", lw=0.8)
-    middle = len(horizons) // 2
-    left.annotate(
-        f"predicted slope {design.optimum:.2f}",
-        (horizons[middle], slope[middle]),
-        xytext=(0, -4),
-        textcoords="offset points",
-        ha="right",
-        va="top",
-    )
+    slope = design.optimum
+    line = 0.55 * best[-1] * (horizons / horizons[-1]) ** slope
+    left.plot(horizons, line, color="k", lw=0.8)
+    left.text(0.04, 0.06, f"predicted slope {slope:.2f}", transform=left.transAxes)
     title = f"a = {design.a:g}, b = {design.b:g}"
     left.set(xscale="log", yscale="log", ylabel="excess risk", title=title)
     right.set(xscale="log", yscale="log", ylabel="relative to the envelope")
-    right.set_title(f"{title}: relative")
-    ticks = [0.8, 1, 1.5, 2, 3, 5, 8]
-    right.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    right.set_title(title)
+    right.set_yticks(TICKS, [f"{tick:g}" for tick in TICKS])
     right.minorticks_off()
-    ends = {}
-    for n, color, style in drawn_rows(design, result):
-        if style != ":":
-            continue
-        row = result.rows[n]
-        ends[row.schedule] = color, relative[n, -1]
-    for name, (color, y) in ends.items():
-        right.annotate(
-            name, (horizons[-1], y), xytext=(4, 0), textcoords="offset points",
-            color=color, va="center", annotation_clip=False,
-        )  # fmt: skip
+    # Label the schedules at their last iterates, at least 8 % of the axis apart.
+    ends = sorted(
+        (relative[n, -1], result.rows[n].schedule, color)
+        for n, color, style in drawn_rows(design, result)
+        if style == STYLES[LAST]
+    )
+    height = -np.inf
+    for y, name, color in ends:
+        place = right.transAxes.inverted().transform(right.transData.transform((1, y)))
+        height = max(place[1], height + 0.08)
+        right.text(
+            1.01, height, name, color=color, va="center", transform=right.transAxes
+        )
 
 
 def draw(results: dict[Design, Result], sizes: Sizes, output: Path) -> None:
     """Draw every design."""
     plt.style.use(report.STYLE)
     shape = len(results), 2
-    figure, axes = plt.subplots(*shape, figsize=(9, 3.3 * len(results)), sharex=True)
+    size = 8, 3 * len(results)
+    figure, axes = plt.subplots(*shape, figsize=size, sharex=True, squeeze=False)
     for row, (design, result) in zip(axes, results.items(), strict=True):
         draw_design(row, design, sizes, result)
     for axis in axes[-1]:
