@@ -375,10 +375,35 @@ One step alone, float32, gradients fixed. JAX on {jax_device}, torch on \
 """
 
 
-def draw(times: Mapping[str, Mapping[str, harness.Time]], output: Path) -> None:
-    """Draw the steps' times relative to `BASE`, a panel for each tree."""
-    names = [name for name in next(iter(times.values())) if name not in COPIES]
+# The bars of the two charts, by their labels.
+CHARTS = {
+    "An average on top of SGD, in JAX": {
+        "SGD alone": BASE,
+        "EMA, by hand": "EMA" + HAND,
+        "EMA": "EMA" + OURS,
+        "uniform, by hand": "uniform" + HAND,
+        "uniform": "uniform" + OURS,
+        "asgd, by hand": "asgd" + HAND,
+        "asgd": "asgd",
+        "Adam alone": "optax.adam",
+    },
+    "PyTorch, and this library": {
+        "SGD alone": "torch SGD",
+        "AveragedModel, EMA": "torch SGD, AveragedModel (EMA)",
+        "AveragedModel": "torch SGD, AveragedModel",
+        "ASGD, compiled": COMPILED,
+        "ASGD, for-loop": "torch ASGD, for-loop",
+        "ASGD, foreach": "torch ASGD, foreach",
+        "EMA": "EMA" + OURS,
+        "asgd": "asgd",
+    },
+}
+
+
+def draw(title: str, medians: Mapping[str, float], output: Path) -> None:
+    """Draw the steps of one tree in two charts; `medians` are in seconds."""
     plt.style.use(report.STYLE)
+    figure, panels = plt.subplots(ncols=2, figsize=(9, 3.6))
     colors = {"this library": "C1", BY_HAND: "C2", "PyTorch": "C3"}
 
     def source(name: str) -> str:
@@ -387,28 +412,18 @@ def draw(times: Mapping[str, Mapping[str, harness.Time]], output: Path) -> None:
         ours = name.startswith("asgd") or name.endswith(OURS)
         return "this library" if ours and not name.endswith(HAND) else BY_HAND
 
-    figure, panels = plt.subplots(ncols=len(times), figsize=(11, 6.4), sharey=True)
-    for axes, (title, steps) in zip(panels, times.items(), strict=True):
-        base = steps[BASE].median
-        for name in names:
-            ratio = steps[name].median / base if name in steps else 0
-            axes.barh(name, ratio, color=colors[source(name)])
-            text = f"{ratio:.2f}" if ratio else "left out"
-            axes.annotate(
-                text,
-                (ratio, name),
-                xytext=(3, 0),
-                textcoords="offset points",
-                verticalalignment="center",
-                fontsize=8,
-            )
-        axes.set(
-            title=f"{title}\n{BASE}: {1e3 * base:.3g} ms", xlabel=f"time, {BASE} = 1"
-        )
-        axes.margins(x=0.18)
+    for axes, (heading, rows) in zip(panels, CHARTS.items(), strict=True):
+        timed = {label: name for label, name in rows.items() if name in medians}
+        milliseconds = [1e3 * medians[name] for name in timed.values()]
+        color = [colors[source(name)] for name in timed.values()]
+        bars = axes.barh(list(timed), milliseconds, color=color)
+        axes.bar_label(bars, [f"{ms:.3g}" for ms in milliseconds], padding=3)
+        axes.set(title=heading, xlabel="time of a step (ms)")
+        axes.margins(x=0.15)
         axes.grid(visible=False, axis="y")
         axes.set_axisbelow(True)
-    panels[0].invert_yaxis()
+        axes.invert_yaxis()
+    figure.suptitle(title)
     handles = [Patch(color=color, label=label) for label, color in colors.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
     figure.savefig(output)
@@ -474,7 +489,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         ),
     )
     report.write("benchmarks.step_cost", text, options.output)
-    draw(times, options.output / "step_cost.png")
+    title = tried[1].title  # GPT-2's shapes
+    medians = {name: time.median for name, time in times[title].items()}
+    draw(title, medians, options.output / "step_cost.png")
 
 
 if __name__ == "__main__":

@@ -7,11 +7,10 @@ A small transformer in Flax NNX learns Python's sources. Checkpoints hold three
 averages: they give the mean of any window exactly, and any width approximately.
 """
 
-import io
 import sysconfig
 import tempfile
-from argparse import SUPPRESS, ArgumentParser
-from functools import cache, partial
+from argparse import ArgumentParser
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +24,35 @@ from flax import nnx
 from tqdm import tqdm
 
 from asgd_optax import (
-    AverageProfile as Profile,
+    AverageProfile,
     average_iterates,
     combine_averages,
-    gamma_from_width as gamma,
+    gamma_from_width,
     posthoc_coefficients,
-    power_weighting as power,
+    power_weighting,
 )
 from asgd_optax.checkpoints import average_checkpoints
 
-STEPS, EVERY, RATE, WARMUP = 800, 25, 3e-3, 50  # EVERY: between checkpoints
+STEPS = 800
+EVERY = 25  # steps between checkpoints
+RATE, WARMUP = 3e-3, 50  # the learning rate and the steps in which it rises to that
 LAYERS, WIDTH, HEADS, CONTEXT, BATCH_SIZE, DTYPE = 4, 128, 4, 128, 16, "float32"
-UNIFORM, *POWERS = (f"1/opt_state/{n}/average" for n in (2, 3, 4))  # in checkpoints
-KEPT = {UNIFORM: None, POWERS[0]: power(gamma(0.05)), POWERS[1]: power(gamma(0.1))}
-TRIED = (0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.13, 0.17, 0.22)  # other widths
 TEXT, OUTPUT = Path(sysconfig.get_path("stdlib")), Path("out/after_the_run.png")
+UNIFORM, *POWERS = (f"1/opt_state/{n}/average" for n in (2, 3, 4))  # in checkpoints
+NARROW, WIDE = (power_weighting(gamma_from_width(width)) for width in (0.05, 0.1))
+KEPT = {UNIFORM: None, POWERS[0]: NARROW, POWERS[1]: WIDE}
+TRIED = (0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.13, 0.17, 0.22)  # other widths
 
 
 def load(folder: Path) -> list[np.ndarray]:
     """Load bytes for training, validation and test: 8, 1 and 1 of ten files."""
-    parts, left_out = [b"", b"", b""], {"site-packages", "test", "tests"}
-    files = (file.relative_to(folder) for file in sorted(folder.rglob("*.py")))
-    for n, file in enumerate(f for f in files if left_out.isdisjoint(f.parts)):
-        parts[max(0, n % 10 - 7)] += (folder / file).read_bytes()
-    return [np.frombuffer(part, np.uint8) for part in parts]
+    left_out = {"site-packages", "test", "tests"}
+    paths = (path.relative_to(folder) for path in sorted(folder.rglob("*.py")))
+    files = [folder / path for path in paths if left_out.isdisjoint(path.parts)]
+    training = [file for n, file in enumerate(files) if n % 10 < 8]
+    parts = training, files[8::10], files[9::10]
+    texts = (b"".join(file.read_bytes() for file in part) for part in parts)
+    return [np.frombuffer(text, np.uint8) for text in texts]
 
 
 def draw_batch(text: np.ndarray, seed: Any) -> np.ndarray:
@@ -63,7 +67,7 @@ class Residual(nnx.Sequential):
 
 
 def create(rate: Any, seed: int) -> tuple[nnx.Module, nnx.Optimizer[Any]]:
-    """Create a decoder of bytes, and its optimizer with three averages in the chain."""
+    """Create a transformer, and its optimizer with three averages in the chain."""
     options: Any = {"dtype": DTYPE, "rngs": nnx.Rngs(seed)}
     norm = partial(nnx.RMSNorm, WIDTH, **options)
     attend = partial(jax.nn.dot_product_attention, is_causal=True)
@@ -92,63 +96,54 @@ def train_step(model: nnx.Module, optimizer: nnx.Optimizer[Any], batch: Any) -> 
     optimizer.update(model, nnx.grad(loss)(model, batch))
 
 
-def average(run: Path, target: Profile, read: Any) -> Any:
+def average(kept: dict[Any, Any], target: AverageProfile) -> Any:
     """Compute another average of the run from those in its checkpoints."""
-    kept = [(UNIFORM, n) for n in (target.start, target.step) if n]  # exact
-    if target.weighting:  # approximate
-        kept = [(part, n) for part in POWERS for n in range(EVERY, STEPS + 1, EVERY)]
-    profiles = [Profile(n, KEPT[part]) for part, n in kept]
-    held = (read((run / str(n),), part=part) for part, n in kept)
-    return combine_averages(held, posthoc_coefficients(profiles, target).coefficients)
+    profiles = [AverageProfile(step, KEPT[part]) for part, step in kept]
+    fit = posthoc_coefficients(profiles, target)
+    return combine_averages([*kept.values()], fit.coefficients)
 
 
 def main(output: Path = OUTPUT) -> Any:
-    """Return losses of the last iterate, of means by end and start, and by width."""
+    """Return losses of the last iterate, of means by their start, and by width."""
     training, validation, _ = load(TEXT)
     model, optimizer = create(optax.warmup_constant_schedule(0, RATE, WARMUP), seed=0)
-    pieces = np.stack([draw_batch(validation, n) for n in range(16)])
-    score = nnx.jit(lambda model: jax.lax.map(partial(loss, model), pieces).mean())
+    saved = range(EVERY, STEPS + 1, EVERY)
     with tempfile.TemporaryDirectory() as run, ocp.CheckpointManager(run) as saver:
         for n in tqdm(range(1, STEPS + 1), desc="training"):
             train_step(model, optimizer, draw_batch(training, (0, n)))
-            if n % EVERY == 0:
+            if n in saved:
                 saver.save(n, args=ocp.args.StandardSave(nnx.state((model, optimizer))))
         saver.wait_until_finished()
-        like, iterate, means = nnx.state(model), float(score(model)), {}
-        read = cache(partial(average_checkpoints, like=like))  # small: keep all
-
-        def tried(*profile: Any) -> float:
-            nnx.update(model, average(Path(run), Profile(*profile), read))
-            return float(score(model))
-
-        for end in tqdm(range(8 * EVERY, STEPS + 1, 8 * EVERY), desc="means"):
-            means[end] = {n: tried(end, None, n) for n in range(0, end, EVERY)}
-        widths = {w: tried(STEPS, power(gamma(w))) for w in tqdm(TRIED, desc="widths")}
+        read = partial(average_checkpoints, like=nnx.state(model))
+        kept = {(p, n): read([f"{run}/{n}"], part=p) for p in KEPT for n in saved}
+    pieces = np.stack([draw_batch(validation, n) for n in range(16)])
+    score = nnx.jit(lambda model: jax.lax.map(partial(loss, model), pieces).mean())
+    iterate, means, widths = float(score(model)), {}, {}
+    for start in tqdm(range(0, STEPS, EVERY), desc="starts"):
+        nnx.update(model, average(kept, AverageProfile(STEPS, start=start)))
+        means[start] = float(score(model))
+    for width in tqdm(TRIED, desc="widths"):
+        weighting = power_weighting(gamma_from_width(width))
+        nnx.update(model, average(kept, AverageProfile(STEPS, weighting)))
+        widths[width] = float(score(model))
     plt.style.use(Path(__file__).with_name("style.mplstyle"))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), sharey=True)
-    for end, losses in means.items():
-        left.plot(losses.keys(), losses.values(), "C1.-", alpha=end / STEPS, label=end)
-    right.plot(widths.keys(), widths.values(), ".-", color="C1")
-    print(f"Losses at step {STEPS}: iterate {iterate:.3f}, mean {means[STEPS][0]:.3f}")
-    tables = (left, "mean from step", means[STEPS]), (right, "width", widths)
-    for axes, label, losses in tables:
-        axes.axhline(iterate, color="C0", label="last iterate")
-        axes.set(xlabel=label, ylabel="validation loss (nats a byte)")
-        best = min(losses, key=losses.__getitem__)
-        print(f"best {label} {best}: {losses[best]:.3f}")
-    left.legend(title="mean up to step")
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.4), sharey=True)
+    axes[0].set(title="Mean of the last steps", xlabel="first step of the mean")
+    axes[1].set(title="Power-function average", xlabel="relative width")
+    axes[0].set_ylabel("validation loss (nats per byte)")
+    for panel, losses in zip(axes, (means, widths), strict=True):
+        x = min(losses, key=losses.__getitem__)
+        panel.plot(list(losses), list(losses.values()), "C1.-")
+        panel.axhline(iterate, color="C0")
+        panel.text(x, iterate, f"last iterate: {iterate:.3f}", color="C0", va="bottom")
+        panel.text(x, losses[x], f"best: {losses[x]:.3f}", color="C1", va="top")
+        print(f"{panel.get_title()}: best {losses[x]:.3f}, {panel.get_xlabel()} {x}")
+    output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output)
     return iterate, means, widths
 
 
 if __name__ == "__main__":
-    parser = ArgumentParser(usage=SUPPRESS, description=__doc__.partition("\n")[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=OUTPUT, help=f"default {OUTPUT}")
-    output = parser.parse_args().output
-    try:  # fail before training, and leave an existing figure as it is
-        plt.savefig(io.BytesIO(), format=output.suffix[1:])
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.open("ab").close()
-    except (OSError, ValueError) as error:
-        parser.error(f"argument --output: {error}")
-    main(output)
+    main(parser.parse_args().output)

@@ -41,7 +41,7 @@ QUESTIONS = {  # linear combinations of the intercept and the coefficients
     "smoothness - texture": (0, -1, 1, 0),
     "log odds at +1 sd": (1, 1, 1, 1),
 }
-ESTIMATES = {"one rate": "C2", "two rates": "C1"}  # p_c and 2 p_c - p_2c
+ESTIMATES = {"one run": "C2", "two runs": "C1"}  # p_c and 2 p_c - p_2c
 
 
 class Study(NamedTuple):

@@ -21,23 +21,28 @@ from tqdm import tqdm
 from tools import command_line, report
 
 ROOT = Path(__file__).parents[1]
+HOW_TO = ROOT / "docs" / "how_to"
 PAGES = {
     "README": ROOT / "README.md",
-    "Flax NNX": ROOT / "docs" / "recipes" / "nnx.md",
-    "Flax Linen": ROOT / "docs" / "recipes" / "linen.md",
-    "Equinox": ROOT / "docs" / "recipes" / "equinox.md",
-    "Haiku": ROOT / "docs" / "recipes" / "haiku.md",
-    "training loops": ROOT / "docs" / "recipes" / "training_loops.md",
+    "Flax NNX": HOW_TO / "nnx.md",
+    "Flax Linen": HOW_TO / "linen.md",
+    "Equinox": HOW_TO / "equinox.md",
+    "Haiku": HOW_TO / "haiku.md",
+    "evaluate each epoch": HOW_TO / "evaluate_each_epoch.md",
 }
 SEEDS = 20
+# A block of the README, or a cell of an executed page.
+FENCE = r"^```(?:python|\{code-cell\} python)\n"
+OPTIONS = r"(?:---\n.*?^---\n)?"
+BLOCK = re.compile(rf"{FENCE}{OPTIONS}(.*?)^```$", re.M | re.S)
 
 
 def program(page: Path, seed: int) -> str:
     """Return the Python blocks up to the first that prints, with another seed."""
     code = ""
-    for after in page.read_text(encoding="utf-8").split("```python\n")[1:]:
-        code += after.partition("```")[0]
-        if "print(" in code:
+    for block in BLOCK.findall(page.read_text(encoding="utf-8")):
+        code += block
+        if "print(" in block:
             break
     # Keys and `nnx.Rngs`, of weights and of data.
     return re.sub(r"\b(key|Rngs)\(0\)", rf"\g<1>({seed})", code)

@@ -45,28 +45,27 @@ def test_after_the_run_averages_the_iterates_it_trained(monkeypatch, tmp_path):
         train_step(model, optimizer, batch)
         iterates.append(leaves(nnx.state(model)))
 
-    def kept(run, target, read):
-        averages[target] = average(run, target, read)
+    def computed(kept, target):
+        averages[target] = average(kept, target)
         return averages[target]
 
     monkeypatch.setattr(lesson, "train_step", recorded)
-    monkeypatch.setattr(lesson, "average", kept)
+    monkeypatch.setattr(lesson, "average", computed)
     iterate, means, widths = lesson.main(tmp_path / "figure.png")
 
-    assert list(means) == [32]
-    assert list(means[32]) == list(range(0, 32, 4))
+    assert list(means) == list(range(0, 32, 4))
     *of_means, of_width = averages.items()
     moved = np.abs(iterates[-1] - iterates[0]).max()
     for target, mean in of_means:
         expected = np.mean(iterates[target.start + 1 : target.step + 1], axis=0)
         # The means are differences of rounded float32 means.
         np.testing.assert_allclose(leaves(mean), expected, atol=1e-4 * moved)
-    # A width is reconstructed approximately, from snapshots of two others.
+    # A width is reconstructed approximately, from snapshots of other averages.
     weight = power_weighting(gamma_from_width(0.1))
     shares = average_shares(lambda n: float(weight(n)), 32)
     expected = np.tensordot(shares, iterates, axes=1)
     np.testing.assert_allclose(leaves(of_width[1]), expected, atol=0.05 * moved)
-    losses = [iterate, *means[32].values(), *widths.values()]
+    losses = [iterate, *means.values(), *widths.values()]
     assert all(4 < loss < 7 for loss in losses)  # log(256) is 5.5
     assert (tmp_path / "figure.png").read_bytes().startswith(PNG_SIGNATURE)
 

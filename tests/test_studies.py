@@ -376,7 +376,7 @@ def test_online_inference_prints_the_coverage_of_each_estimate(capsys):
         ["--observations=2000", "--streams=20", "--rate=2"]
     )
     rows = capsys.readouterr().out.splitlines()[2:]
-    for k, estimate in enumerate(("one rate", "two rates")):
+    for k, estimate in enumerate(("one run", "two runs")):
         share = 100 * study.covered[:, k].mean()
         assert rows[k].startswith(f"| 2   | {estimate:9} | {share:.1f} ± ")
 

@@ -12,7 +12,7 @@ from sphinx.transforms import SphinxTransform
 NAMES = {s.rpartition(".")[2]: s for s in public_symbols()}
 NAMES |= {symbol: symbol for symbol in NAMES.values()}
 # A name, perhaps followed by one call.
-LITERAL = re.compile(r"([\w.]+)(\([^()]*\))?")
+LITERAL = re.compile(r"([\w.]+)(\(.*\))?")
 
 
 class SymbolLinks(SphinxTransform):
