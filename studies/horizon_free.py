@@ -618,7 +618,8 @@ needs no warm-up.
 seeds. Peaks come from a grid with a factor of sqrt(2) that reaches divergence, alpha \
 from {alphas}. A run without a horizon has one peak for all horizons: that of the \
 least geometric mean of the expected excess risks. Peaks are in units of 1 / (sum of \
-the variances).
+the variances). Next to divergence, rare runs raise the expectation, and the mean of a \
+few seeds is lower.
 
 **Exponents.** All are fitted to the {fitted} longest horizons. *Exponent*: the mean ± \
 standard error of the fits to each seed. *Expected*: the fit to the expected excess \
