@@ -26,6 +26,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from matplotlib.lines import Line2D
+from matplotlib.ticker import NullFormatter
 from tqdm import tqdm
 
 from asgd_optax import (
@@ -560,6 +561,8 @@ def draw_design(axes: Any, design: Design, sizes: Sizes, result: Result) -> None
     left.text(0.04, 0.06, f"predicted slope {slope:.2f}", transform=left.transAxes)
     title = f"a = {design.a:g}, b = {design.b:g}"
     left.set(xscale="log", yscale="log", ylabel="excess risk", title=title)
+    left.yaxis.set_minor_formatter(NullFormatter())
+    left.set_ylim(top=10 ** np.ceil(np.log10(left.get_ylim()[1])))
     right.set(xscale="log", yscale="log", ylabel="relative to the envelope")
     right.set_title(title)
     right.set_yticks(TICKS, [f"{tick:g}" for tick in TICKS])
