@@ -41,7 +41,6 @@ demo: $(VENV)/.examples  ## Train on digits; print a table and draw out/digits.p
 # tests from a busy worker to an idle one.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 PROGRAMS := test_examples.py test_first_ema.py test_benchmarks.py test_studies.py \
-  test_pages.py \
   test_average_command.py test_export.py test_processes.py
 
 .PHONY: test

@@ -33,8 +33,7 @@ from asgd_optax import (
 )
 from asgd_optax.checkpoints import average_checkpoints
 
-STEPS = 800
-EVERY = 25  # steps between checkpoints
+STEPS, EVERY = 800, 25  # EVERY: steps between checkpoints
 RATE, WARMUP = 3e-3, 50  # the learning rate and the steps in which it rises to that
 LAYERS, WIDTH, HEADS, CONTEXT, BATCH_SIZE, DTYPE = 4, 128, 4, 128, 16, "float32"
 TEXT, OUTPUT = Path(sysconfig.get_path("stdlib")), Path("out/after_the_run.png")
@@ -128,15 +127,17 @@ def main(output: Path = OUTPUT) -> Any:
         widths[width] = float(score(model))
     plt.style.use(Path(__file__).with_name("style.mplstyle"))
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.4), sharey=True)
-    axes[0].set(title="Mean of the last steps", xlabel="first step of the mean")
+    axes[0].set(title="Mean of the last steps", xlabel="start of the mean (step)")
     axes[1].set(title="Power-function average", xlabel="relative width")
     axes[0].set_ylabel("validation loss (nats per byte)")
     for panel, losses in zip(axes, (means, widths), strict=True):
         x = min(losses, key=losses.__getitem__)
         panel.plot(list(losses), list(losses.values()), "C1.-")
         panel.axhline(iterate, color="C0")
-        panel.text(x, iterate, f"last iterate: {iterate:.3f}", color="C0", va="bottom")
-        panel.text(x, losses[x], f"best: {losses[x]:.3f}", color="C1", va="top")
+        panel.margins(y=0.12)
+        line, best = f"last iterate: {iterate:.3f}\n", f"\nbest: {losses[x]:.3f}"
+        panel.text(x, iterate, line, color="C0", ha="center", va="center")
+        panel.text(x, losses[x], best, color="C1", ha="center", va="center")
         print(f"{panel.get_title()}: best {losses[x]:.3f}, {panel.get_xlabel()} {x}")
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output)

@@ -10,7 +10,7 @@ N(0, 1), or logistic. For quantile regression (2022b) the first regressor is an
 intercept, and the noise is that of the linear design. Everything is in float32.
 
 The learning rates are those of the papers, c t^-a, and those of the rules in
-`docs/guides/confidence_intervals.md`: for one run, and for the extrapolation of two
+`docs/how_to/confidence_intervals.md`: for one run, and for the extrapolation of two
 runs on the same observations, the second at twice the learning rate of the first.
 
 Every operation is elementwise, so the replications are one more axis of the parameters.
@@ -19,7 +19,7 @@ from the first iterate, and others that start after a burn-in.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from statistics import NormalDist
 from typing import Any, NamedTuple
@@ -49,6 +49,8 @@ class Design(NamedTuple):
     bounds: np.ndarray
     # A bound of the expected loss's second derivative in the prediction.
     curvature: float
+    # The least eigenvalue of H.
+    flattest: float
     intercept: bool = False
 
     @property
@@ -125,7 +127,7 @@ def logistic_response(key: jax.Array, signal: jax.Array) -> jax.Array:
 
 def linear(d: int) -> Design:
     b = np.linspace(0, 1, d)
-    return Design("linear", linear_loss, linear_response, b, np.ones(d), 1.0)
+    return Design("linear", linear_loss, linear_response, b, np.ones(d), 1.0, 1.0)
 
 
 def logistic(d: int) -> Design:
@@ -141,7 +143,7 @@ def logistic(d: int) -> Design:
     along, across = np.sum(weights * u**2), np.sum(weights)
     squares = b**2 / np.sum(b**2)
     bounds = squares / along + (1 - squares) / across
-    return Design("logistic", logistic_loss, logistic_response, b, bounds, 1 / 4)
+    return Design("logistic", logistic_loss, logistic_response, b, bounds, 1 / 4, along)
 
 
 def quantile(tau: float, d: int) -> Design:
@@ -162,9 +164,10 @@ def quantile(tau: float, d: int) -> Design:
 
     coefficients = np.linspace(0, 1, d)
     coefficients[0] += shift
-    bounds = np.full(d, tau * (1 - tau) / noise.pdf(shift) ** 2)
+    f = noise.pdf(shift)
+    bounds = np.full(d, tau * (1 - tau) / f**2)
     name = f"quantile {tau:g}"
-    return Design(name, loss, response, coefficients, bounds, 0.5, intercept=True)
+    return Design(name, loss, response, coefficients, bounds, 0.5, f, intercept=True)
 
 
 class Study(NamedTuple):
@@ -241,9 +244,16 @@ def draw(
     return x, design.response(keys[1], signal)
 
 
-def measure(study: Study, seed: int) -> tuple[list[list[Row]], float]:
-    """Return the rows per start, one for each learning rate, and the seconds."""
-    design, observations, replications, method, tried, starts, *_ = study
+def states(study: Study, seed: int, counts: Sequence[int]) -> Iterator[list[Any]]:
+    """Run a study, and yield the trackers' states after each of these observations.
+
+    Args:
+      study: the learning rates are the leading axis of the states.
+      seed: of the stream.
+      counts: ascending multiples of CHUNK. Read a state before you take the next one,
+        because its arrays are donated.
+    """
+    design, _, replications, method, tried, starts, *_ = study
     trackers = [running_random_scaling(start=s) for s in starts]
     multiples = jnp.array(method.multiples)
 
@@ -280,15 +290,22 @@ def measure(study: Study, seed: int) -> tuple[list[list[Row]], float]:
 
         return jax.lax.scan(body, carry, draw(design, replications, key))[0]
 
-    began = time.perf_counter()
     carry = jax.vmap(init)(batch)
     key = jax.random.key(seed)
-    title = f"{design.title}, {observations:,}"
-    for chunk in tqdm(range(observations // CHUNK), desc=title, unit_scale=CHUNK):
+    title = f"{design.title}, {counts[-1]:,}"
+    for chunk in tqdm(range(counts[-1] // CHUNK), desc=title, unit_scale=CHUNK):
         carry = advance(carry, jax.random.fold_in(key, chunk))
-    *_, scalings = jax.block_until_ready(carry)
+        if (chunk + 1) * CHUNK in counts:
+            yield jax.block_until_ready(carry[-1])
+
+
+def measure(study: Study, seed: int) -> tuple[list[list[Row]], float]:
+    """Return the rows per start, one for each learning rate, and the seconds."""
+    n, count = study.observations, len(study.tried)
+    began = time.perf_counter()
+    (scalings,) = states(study, seed, [n])
     seconds = time.perf_counter() - began
-    return [summarise(design, s, observations, len(tried)) for s in scalings], seconds
+    return [summarise(study.design, s, n, count) for s in scalings], seconds
 
 
 def summarise(design: Design, state: Any, observations: int, count: int) -> list[Row]:

@@ -6,22 +6,35 @@
 simulates Brownian paths W on [0, R] and takes the quantile of the supremum over r in
 [1, R] of |W(r) / r| / sqrt(V(r) / r), with V the random scaling functional. On a grid
 of n0 steps per unit of log r the supremum is too low by about 1 / sqrt(n0), so two
-grids are extrapolated. Takes half a minute.
+grids are extrapolated. For K looks that are fixed in advance, evenly spaced in log r
+over a range of 10, it compares the quantile with the bound `level=1 - 0.05 / K`. Takes
+a minute.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from asgd_optax._accessors.critical_value import critical_value_of_looks
+from asgd_optax._accessors.critical_value import (
+    critical_value,
+    critical_value_of_looks,
+)
 from tools import command_line
 
 LEVELS = (0.8, 0.95, 0.99)
 RATIOS = (1.0, 2.0, 10.0, 100.0)
 STEPS = 100, 400
+COUNTS = (5, 10)  # numbers of looks that are fixed in advance
 
 
-def suprema(steps: int, ratios: tuple[float, ...], paths: int, seed: int) -> np.ndarray:
+def suprema(
+    steps: int,
+    ratios: Sequence[float],
+    paths: int,
+    seed: int,
+    *,
+    only_at_ratios: bool = False,
+) -> np.ndarray:
     """Return the suprema of `paths` paths, one row per ratio.
 
     Args:
@@ -29,6 +42,7 @@ def suprema(steps: int, ratios: tuple[float, ...], paths: int, seed: int) -> np.
       ratios: values of R, ascending.
       paths: number of paths.
       seed: seed of the increments.
+      only_at_ratios: take the suprema over the ratios instead of all r in [1, R].
     """
     rng = np.random.default_rng(seed)
     unit = np.arange(1, steps + 1) / steps
@@ -45,7 +59,7 @@ def suprema(steps: int, ratios: tuple[float, ...], paths: int, seed: int) -> np.
         square += step * ((w * w + w * new + new * new) / 3 + step / 6)
         moment += step * ((2 * before + r) * w + (before + 2 * r) * new) / 6
         w, before = new, r
-        if r >= 1:
+        if r in ratios or (r >= 1 and not only_at_ratios):
             mean = w / r
             # The integral of (w(s) - s mean)^2, over r^2.
             v = (square - 2 * mean * moment + mean * mean * r**3 / 3) / r**2
@@ -65,6 +79,13 @@ def simulated(paths: int, seed: int = 0) -> np.ndarray:
     extrapolated = 2 * fine - coarse
     extrapolated[0] = fine[0]  # R = 1 is one look: no supremum to miss
     return extrapolated
+
+
+def simulated_at(count: int, paths: int, seed: int = 0) -> float:
+    """Return the critical value at 95 % for this number of looks fixed in advance."""
+    looks = np.geomspace(1, 10, count).tolist()
+    maxima = suprema(STEPS[0], looks, paths, seed, only_at_ratios=True)[-1]
+    return float(np.quantile(maxima, 0.95))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -87,6 +108,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             c = critical_value_of_looks(level, ratio)
             cells.append(f"{value:.2f} / {c:.2f} ({value / c - 1:+.1%})")
         print(f"| {ratio:g} | " + " | ".join(cells) + " |")
+    print("\nK looks fixed in advance, 95 %; simulated / 1 - 0.05 / K (difference)")
+    for count in COUNTS:
+        value, c = simulated_at(count, paths), critical_value(1 - 0.05 / count)
+        print(f"K = {count}: {value:.2f} / {c:.2f} ({c / value - 1:+.1%})")
 
 
 if __name__ == "__main__":

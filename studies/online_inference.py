@@ -6,7 +6,7 @@
 Follows the streams of `examples/online_inference.py` at learning rates
 min(1/d, c t^-0.505). There is a row for every c and estimate: the average at one
 learning rate, and the extrapolation from c and 2c. The rule in
-`docs/guides/confidence_intervals.md` is c = 1/2. All numbers are over the questions.
+`docs/how_to/confidence_intervals.md` is c = 1/2. All numbers are over the questions.
 """
 
 from collections.abc import Sequence

@@ -3,7 +3,7 @@
 
 Each observation is a step of a `lax.scan` over its chunk. Only the parameters and the
 state pass from chunk to chunk, so memory does not grow with the stream. The learning
-rates are those of `docs/guides/confidence_intervals.md`.
+rates are those of `docs/how_to/confidence_intervals.md`.
 """
 
 from collections.abc import Callable, Iterable

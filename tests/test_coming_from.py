@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rules of other JAX libraries on docs/guides/coming_from.md, and our lines.
+"""The rules of other JAX libraries on docs/how_to/from_jax_emas.md, and our lines.
 
 Installed libraries are compared directly; tests/live has PyTorch's and Keras's. The
 rules of the others are float64 NumPy, as their projects compute them.

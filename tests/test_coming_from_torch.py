@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rules of PyTorch libraries on docs/guides/coming_from.md, and our lines.
+"""The rules of PyTorch libraries on docs/how_to/from_torch_emas.md, and our lines.
 
 Every rule is avg <- avg + w(t) (p(t) - avg) from avg = p(0), the parameters when the
 average is made. Here it is the function w of the update t: 1 copies the parameters, 0
@@ -17,7 +17,7 @@ import optax
 import pytest
 
 import asgd_optax
-from asgd_optax import averaged_params
+from asgd_optax import averaged_params, combine_averages
 from tests.support import enable_x64
 
 STEPS = 60
@@ -128,6 +128,18 @@ def edm2_traditional(t, halflife, batch, ramp):
     return 1 - 0.5 ** (batch / min(halflife, ramp * t * batch))
 
 
+def trl(t, k, u, rho, gam, kappa):
+    """The EMA of `BEMACallback`, after each update."""
+    if t < u or (t - u) % k:
+        return 0
+    return 1 if t == u else (rho + gam * t) ** -kappa
+
+
+def icefall(t, k):
+    """`update_averaged_model`, called at every `average_period`."""
+    return 0 if t % k else k / t
+
+
 PLAIN = "average_iterates(exponential_weighting(d, debias=False)"
 WARM = "average_iterates(exponential_weighting(d, warmup=lambda n: "
 ROWS = {
@@ -227,6 +239,19 @@ ROWS = {
         torchtitan,
         {"h": 0.05, "k": 3},
     ),
+    "TRL": Row(
+        "average_iterates(lambda n: (rho + gam * (u + (n - 1) * k)) ** -kappa,"
+        " start=u, every=k, include_start=True)",
+        trl,
+        {"k": 3, "u": 7, "rho": 4, "gam": 1.5, "kappa": 0.6},
+        since=7,
+    ),
+    "TRL, each step": Row(
+        "average_iterates(lambda n: (9 + n) ** -0.5, include_start=True)",
+        lambda t: trl(t, 1, 0, 10, 1.0, 0.5),
+        {},
+    ),
+    "icefall": Row("average_iterates(every=k)", icefall, {"k": 4}, since=4),
     "EDM2": Row(
         "average_iterates(power_weighting(gamma_from_width(width)))",
         edm2_power,
@@ -296,8 +321,24 @@ def test_line_of_the_page_follows_the_rule(name):
     assert largest_difference(actual, iterates[1:]) > 1e-2
 
 
+def test_difference_of_two_means_is_the_mean_between_checkpoints():
+    """icefall's `average_checkpoints_with_averaged_model`."""
+    row, iterates, (start, end) = ROWS["icefall"], random_walk(), (24, 56)
+    averages = rule_averages(row.weights(), iterates)
+    weights = [-start / (end - start), end / (end - start)]
+    actual = combine_averages([averages[start - 1], averages[end - 1]], weights)
+    k = row.arguments["k"]
+    expected = iterates[start + k : end + 1 : k].mean(axis=0)
+    np.testing.assert_allclose(actual, expected, rtol=TOLERANCE)
+
+
 def test_page_shows_the_tested_lines():
-    guides = Path(__file__).parents[1] / "docs" / "guides"
-    page = "".join(path.read_text() for path in guides.glob("coming_from*.md"))
+    pages = Path(__file__).parents[1] / "docs" / "how_to"
+    names = ("from_pytorch.md", "from_torch_emas.md")
+    page = without_spaces("".join((pages / name).read_text() for name in names))
     lines = {row.line for row in ROWS.values()} | set(SWALR.values())
-    assert not {line for line in lines if f"`{line}`" not in page}
+    assert not {line for line in lines if without_spaces(line) not in page}
+
+
+def without_spaces(text):
+    return "".join(text.split())

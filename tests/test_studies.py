@@ -25,6 +25,7 @@ from studies import (
     online_inference,
     online_regression,
     posthoc,
+    repeated_looks,
     ten_million,
     weightings,
 )
@@ -264,6 +265,44 @@ def test_coverage_page_has_a_table_per_section_and_marks_the_rule(
     assert "**min(0.4, 4 t^-0.505)**, the rule" in second
     # Studies of the same design and length see the same stream.
     assert again == first
+
+
+def test_repeated_looks_are_spaced_as_described():
+    looks = repeated_looks.log_spaced(2_000, 99_000)
+    assert (looks[0], looks[-1], len(looks)) == (2_000, 99_000, 30)
+    np.testing.assert_allclose(np.diff(np.log(looks)), np.log(49.5) / 29, atol=0.05)
+
+
+def test_repeated_looks_reader_stops_at_the_first_short_interval():
+    # Three looks, one coefficient, three replications; the tolerance is 2.
+    half = np.array([[1.0, 3, 3], [2, 1, 4], [3, 3, 3]])[:, None]
+    error = np.array([[1.0, 2, 3], [4, 5, 6], [7, 8, 9]])[:, None]
+    path = repeated_looks.Path(np.array([1, 2, 3]), error, half)
+    np.testing.assert_array_equal(repeated_looks.stopped(path), [[1, 5, 9]])
+
+
+def test_repeated_looks_cover_with_the_level_only_with_looks(monkeypatch, tmp_path):
+    def rules(n, replications):
+        study = coverage.one_run(coverage.linear(5), 40_000, 100)
+        return [study._replace(tried=[study.rate], starts=[study.start])]
+
+    monkeypatch.setattr(repeated_looks, "rules", rules)
+    repeated_looks.main(["--quick", f"--output={tmp_path}"])
+    page = (tmp_path / "repeated_looks.md").read_text()
+    parts = [
+        re.findall(r"^\| linear.*", part, re.M) for part in page.split("\n## ")[1:]
+    ]
+    assert [len(rows) for rows in parts] == [3, 3, 1]
+    # The first look at a tenth of the stream.
+    cells = [cell.split(" ±") for cell in parts[0][1].split("|")[1:-1]]
+    one, fixed, watched, joint = (float(cell[0]) for cell in cells[4:])
+    errors = [float(cell[1]) for cell in cells[4:]]
+    assert [cell[0].strip() for cell in cells[:3]] == ["linear, d = 5", "1", "4,000"]
+    for share, error in zip(
+        (one, watched, joint), (errors[0], *errors[2:]), strict=True
+    ):
+        assert abs(share - 95) < 4 * error + 1
+    assert fixed < 80 < watched
 
 
 @pytest.fixture(scope="module")

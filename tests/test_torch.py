@@ -21,7 +21,7 @@ from asgd_optax.torch import (
     state_from_torch,
     state_to_torch,
 )
-from tests.pages import ROOT, blocks_of
+from tests.pages import HOW_TO, blocks_of, run
 from tests.support import bits, precision_of, stacked, train_step
 from tools.record_torch_state_fixtures import (
     BACK,
@@ -146,10 +146,10 @@ def take_over_groups(snapshot, names):
       snapshot: a run of torch, with one group for each label in `names`.
       names: parameter names by label.
     """
-    guide = blocks_of(ROOT / "docs" / "guides" / "from_pytorch.md")
-    (block,) = [block for block in guide if "def take_over_groups" in block.text]
+    page = HOW_TO / "move_a_torch_job.md"
+    (block,) = [b for b in blocks_of(page) if "def take_over_groups" in b]
     namespace = {"asgd": asgd, "jax": jax, "optax": optax}
-    exec(block.compiled(), namespace)
+    run(block, page, namespace)
     label_of = {name: label for label, own in names.items() for name in own}
     labels = {
         "conv": {"kernel": label_of.get("conv.weight", "frozen")},
