@@ -433,7 +433,8 @@ def quality_table(result: Study) -> str:
         )
     lines.append(["exact optimum", "", *["0"] * 5, *[f"{result.error:.2f}"] * 2])
     costs = [f"cost {passes}" for passes in PASSES]
-    return report.table(["", "rate", *costs, "best 1", "error 1", "error 10"], lines)
+    header = ["", "learning rate", *costs, "best 1", "error 1", "error 10"]
+    return report.table(header, lines)
 
 
 def verdict(result: Study) -> str:
@@ -453,9 +454,10 @@ def verdict(result: Study) -> str:
         " optimum's (± the standard error of the difference). Methods with a lower cost"
         " than `asgd`, lowest first:"
     )
+    hindsight = {name: row.hindsight for name, row in rows.items()}
     lists = [
         lower("one pass", {n: row.costs[ONE_PASS] for n, row in rows.items()}),
-        lower("one pass, best rates", {n: row.hindsight for n, row in rows.items()}),
+        lower("one pass, best learning rates", hindsight),
         lower("ten passes", last),
     ]
     return "\n".join([textwrap.fill(sentence, 88), "", *lists])
@@ -497,20 +499,22 @@ INTRODUCTION = """\
 
 Logistic regression in float32: the mean loss + λ/2 |w|², λ = {LAMBDA:g}, from w = 0.
 *Cost* is the objective on the training set minus that of the exact optimum, and *error*
-the test error in %, after so many passes: means over {orders} orders of the examples,
-the same for all methods. The batch size is 1 unless the row says otherwise.
+the test error in %. The number after each is that of the passes. Both are means over
+{orders} orders of the examples, the same for all methods. The batch size is 1 unless
+stated otherwise.
 
-- `asgd`: Bottou's rate g0 (1 + λ g0 t)^-0.75, averaging after the first d updates,
-  `lambd` = λ. The last iterate of the same run is SGD at the same learning rate.
+- `asgd`: Bottou's learning rate g0 (1 + λ g0 t)^-0.75, averaging after the first d
+  updates, `lambd` = λ. The last iterate of the same run is SGD at the same learning
+  rate.
 - SGD: Bottou's g0 (1 + λ g0 t)^-1, or a learning rate that falls from g0 to 0 in one
   pass.
 - Adam: a constant learning rate; `average_iterates` begins after the first d updates.
 - `SGDClassifier`: its default learning rate; with averaging, also a constant one.
 
-*Rate* is g0, or the constant learning rate: the power of 2 from {low:.1e} to {high:g}
-with the lowest objective on a tenth of the training set after one pass over that tenth.
-*Best 1* is, in hindsight, the lowest cost after one pass of the first order at this
-rate, an eighth, a quarter, a half and twice it."""
+*Learning rate* is g0, or the constant learning rate: the power of 2 from {low:.1e} to
+{high:g} with the lowest objective on a tenth of the training set after one pass over
+that tenth. *Best 1* is the lowest cost in hindsight: after one pass of the first order,
+at this learning rate, an eighth, a quarter, a half and twice it."""
 
 
 def section(result: Study) -> str:

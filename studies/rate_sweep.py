@@ -278,7 +278,8 @@ def range_table(rates: np.ndarray, last: np.ndarray, average: np.ndarray) -> str
         for name, mean in means.items()
     ]
     near_all, near_own = "near the best of all", "near its own best"
-    header = ["", "best (%)", "at rate", near_all, "rates", near_own, "rates"]
+    count = "learning rates"
+    header = ["", "best (%)", "at learning rate", near_all, count, near_own, count]
     return report.table(header, rows)
 
 
@@ -344,21 +345,21 @@ of the steps. The whole sweep is one jitted call: {all_seconds:.1f} s (timed onc
 after {all_compile:.1f} s of compilation.
 
 Test accuracy, mean over the seeds. *near*: the lowest and the highest learning rate \
-within {near:g} point of the best of the table, or of the row, and the number of such \
-rates out of {rates}. In {lost} of the {runs} runs the last iterate is below \
-{failed:g} %.
+within {near:g} point of the best accuracy of the table, or of the row. The next \
+column has the number of such learning rates out of {rates}. In {lost} of the {runs} \
+runs the last iterate is below {failed:g} %.
 
 {ranges}
 
-![Test accuracy by rate and start](rate_sweep.png)
+![Test accuracy by learning rate and start of the averaging](rate_sweep.png)
 
 Time of the {runs} runs with one average each, from half of the steps on: medians of \
 {repetitions}, in random order, without compilation. *JAX, one call*: the learning \
 rates by `vmap`, the seeds by `lax.map`; compiled in {half_compile:.1f} s. *In turn*: \
-run after run. In JAX each is one jitted call (compiled in {run_compile:.1f} s); in \
-torch it is eager `torch.optim.ASGD`, with the faster of 1 and {cores} threads \
-({threads}). Times in turn are extrapolated: {samples} whole runs were timed and \
-their mean multiplied by {runs}.
+one run after another. In JAX each run is one jitted call (compiled in \
+{run_compile:.1f} s). In torch it is eager `torch.optim.ASGD`, with the faster of 1 \
+and {cores} threads ({threads}). Times in turn are extrapolated: {samples} whole runs \
+were timed and their mean multiplied by {runs}.
 
 {table}
 
