@@ -410,7 +410,7 @@ median). The data are on disk in float32, {size:,.0f} MB, and read in chunks of
   from statsmodels' estimate of as many observations, and from the truth, in efficient
   standard errors, sqrt((H^-1 S H^-1)_jj / n).
 - *half-width / efficient*: mean half-width of the 95 % intervals over {normal}
-  efficient standard errors. Its limit for random scaling is 1.30, in the mean over streams.
+  efficient standard errors. For random scaling its mean over streams tends to 1.30.
 - *true value covered*: on one stream. `python -m studies.coverage` measures the
   coverage over many streams.
 """
