@@ -3,12 +3,13 @@
 
     python -m studies.one_pass
 
-Repeats the experiment of Bottou (COMPSTAT 2010) on data that need no download: how near
-to the exact optimum of a regularised logistic regression are one pass and ten passes
-over the training set? The optimum comes from Newton's method in float64. The methods
-run in float32 and are evaluated in float64. All see the examples in the same orders,
-and results are means over the orders. The difference of two test errors is reported
-with its standard error, and the times of a pass with quartiles (`benchmarks.harness`).
+This study repeats the experiment of Bottou (COMPSTAT 2010) on data that need no
+download. It measures the distance from the exact optimum of a regularised logistic
+regression after one pass and after ten passes over the training set. The optimum comes
+from Newton's method in float64. The methods run in float32 and are evaluated in
+float64. All methods see the examples in the same orders, and results are means over the
+orders. The difference of two test errors is reported with its standard error, and the
+times of a pass with quartiles (`benchmarks.harness`).
 """
 
 import os

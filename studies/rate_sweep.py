@@ -4,16 +4,16 @@
     python -m studies.rate_sweep
 
 Trains the network of examples/digits.py at many constant learning rates from several
-seeds. The learning rate and `t0` are traced arrays, so that the whole sweep is one
-jitted call. Minibatches and the noise on their pixels are drawn in the graph, once per
-seed, so that all learning rates see the same. The parameters do not depend on `t0`, so
-one run keeps an average for each `t0`: `jax.vmap` over the update batches only `mu` and
+seeds. The learning rate and `t0` are traced arrays, so the whole sweep is one jitted
+call. Minibatches and the noise on their pixels are drawn in the graph, once per seed,
+so all learning rates see the same data. The parameters do not depend on `t0`, so one
+run keeps an average for each `t0`: `jax.vmap` over the update batches only `mu` and
 `ax`.
 
-The picture shows the test accuracy, means over the seeds. The first table lists the
+The figure shows the test accuracy, as means over the seeds. The first table lists the
 learning rates that come near the best accuracy. The second table compares the time of
-the sweep, with one `t0`, with the same runs one after another. Of these only a few are
-timed, in a random order with the sweep, and their mean is multiplied.
+the sweep, with one `t0`, with that of the same runs one after another. Only a few of
+these runs are timed, in a random order with the sweep, and their mean is multiplied.
 """
 
 import itertools
