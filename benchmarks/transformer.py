@@ -301,9 +301,9 @@ PAGE = """\
 # Cost of averaging in a transformer's training step
 
 A decoder-only transformer of {parameters} parameters ({layers} layers of {width},
-{heads} heads, a context of {context} bytes), batches of {batch} x {context} bytes,
-AdamW with clipping: one compiled step on the {device}, in float32 unless the row says
-otherwise. Medians (and quartiles) of {repetitions} repetitions.
+{heads} heads, a context of {context} bytes) reads batches of {batch} x {context} bytes.
+The optimizer is AdamW with clipping. One compiled step is timed on the {device}, in
+float32 unless stated otherwise. Medians (and quartiles) of {repetitions} repetitions.
 
 {table}
 

@@ -87,9 +87,9 @@ def synthetic(n: int, d: int, tests: int) -> Problem:
     positive = logits + rng.logistic(size=n + tests) > 0
     positive ^= rng.random(n + tests) < 0.05
     description = (
-        "normal features, the eigenvalues of whose covariance are k^-1.5, k = 1 to d,"
-        f" in rotated axes (condition number {d**1.5:,.0f}); logistic labels at logits"
-        " of standard deviation 3, then 5 % of them flipped"
+        "The features are normal. Their covariance has the eigenvalues k^-1.5, k = 1 to"
+        f" d, in rotated axes (condition number {d**1.5:,.0f}). The labels are logistic"
+        " with logits of standard deviation 3, and 5 % of them are flipped."
     )
     return _scaled("Synthetic", description, x, positive, n)
 
@@ -108,10 +108,10 @@ def vowels(length: int | None) -> Problem:
     x = np.eye(27, dtype=np.float32)[symbols[:, :-1]].reshape(len(symbols), -1)
     vowel = np.isin(symbols[:, -1], [ord(letter) - 96 for letter in "aeiou"])
     description = (
-        f"the text of CPython {platform.python_version()}'s `pydoc_data.topics` in 27"
-        " symbols, a to z and space:"
-        " whether a letter is a vowel, by the 8 symbols before it, one-hot; the test"
-        " set is the last sixth of the text"
+        f"The text is CPython {platform.python_version()}'s `pydoc_data.topics` in 27"
+        " symbols, a to z and space. The model predicts whether a letter is a vowel,"
+        " from the 8 symbols before it, one-hot. The test set is the last sixth of the"
+        " text."
     )
     return _scaled("Text", description, x, vowel, n)
 
@@ -525,8 +525,8 @@ def section(result: Study) -> str:
     # The objective exceeds its minimum by at most |gradient|^2 / (2 lambda).
     bound = result.slope**2 / (2 * LAMBDA)
     description = (
-        f"{n:,} training and {len(test.y):,} test examples, d = {d}:"
-        f" {result.problem.description}. {np.mean(test.y > 0):.1%} of the test set are"
+        f"{n:,} training and {len(test.y):,} test examples, d = {d}."
+        f" {result.problem.description} {np.mean(test.y > 0):.1%} of the test set are"
         f" positive. The optimum's objective is {result.cost:.6f}, within {bound:.0e}"
         f" of the minimum, because its gradient has norm {result.slope:.0e}."
     )

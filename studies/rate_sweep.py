@@ -337,12 +337,12 @@ def draw(rates: np.ndarray, results: Accuracy, output: Path) -> None:
 TEXT = """\
 # A sweep of the learning rate in one graph
 
-{runs} runs of {steps:,} steps, {rates} constant learning rates from {low:g} to \
-{high:g} by {seeds} seeds: the network of `examples/digits.py` (64-{hidden}-10), \
-{batch} images per step, noise of {noise} on their pixels, gradients clipped to norm \
-{clip:g}, float32. Each run keeps {starts} averages, which begin at 0 to {latest:g} \
-of the steps. The whole sweep is one jitted call: {all_seconds:.1f} s (timed once) \
-after {all_compile:.1f} s of compilation.
+{runs} runs of {steps:,} steps: {rates} constant learning rates from {low:g} to \
+{high:g}, {seeds} seeds each. They train the network of `examples/digits.py` \
+(64-{hidden}-10) in float32, on {batch} images per step with noise of {noise} on their \
+pixels. Gradients are clipped to norm {clip:g}. Each run keeps {starts} averages, \
+which begin at 0 to {latest:g} of the steps. The whole sweep is one jitted call: it \
+takes {all_seconds:.1f} s (timed once) after {all_compile:.1f} s of compilation.
 
 Test accuracy, mean over the seeds. *near*: the lowest and the highest learning rate \
 within {near:g} point of the best accuracy of the table, or of the row. The next \

@@ -406,9 +406,9 @@ median). The data are on disk in float32, {size:,.0f} MB, and read in chunks of
 - *memory*: the peak resident memory of the process (VmHWM), one process per row; *of it
   imports*: before anything is read. The file is mapped again for each chunk, so only
   one chunk of its pages counts, and the operating system's file cache does not.
-- *from exact*, *from truth*: root mean square over the coefficients of the distance
-  from statsmodels' estimate of as many observations, and from the truth, in efficient
-  standard errors, sqrt((H^-1 S H^-1)_jj / n).
+- *from exact*, *from truth*: distance from statsmodels' estimate on the same number of
+  observations, and from the true coefficients. It is a root mean square over the
+  coefficients, in efficient standard errors, sqrt((H^-1 S H^-1)_jj / n).
 - *half-width / efficient*: mean half-width of the 95 % intervals over {normal}
   efficient standard errors. For random scaling its mean over streams tends to 1.30.
 - *true value covered*: on one stream. `python -m studies.coverage` measures the
