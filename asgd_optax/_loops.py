@@ -93,14 +93,15 @@ def end_on_average(
 ) -> optax.GradientTransformationExtraArgs:
     """End a run of `steps` updates on the average, for loops that discard the state.
 
-    Updates pass through until number `steps`. That one leads from the parameters to the
-    average that `tx` keeps, with the latest iterate in it, as `averaged_params` would
-    return it. Parameters that are not averaged are updated as usual. Later updates pass
-    through again and start from there.
+    The first `steps` - 1 updates pass through. Update number `steps` moves the
+    parameters to the average that `tx` keeps, including the latest iterate, as
+    `averaged_params` would return it. Parameters that are not averaged are updated as
+    usual. Later updates pass through again and start from the average.
 
-    If the updates are bfloat16 or float16, the last one is rounded. In bfloat16 most
-    parameters land exactly on the rounded average (84 % if that update is half as large
-    as they are, 97 % at a tenth), the others within 1 % of that update from it.
+    If the updates are bfloat16 or float16, update number `steps` is rounded. In
+    bfloat16 most parameters then equal the rounded average exactly: 84 % if that update
+    is half as large as the parameters, 97 % if it is a tenth. The others differ from it
+    by at most 1 % of that update.
 
     Args:
       tx: an optimizer with an average, such as

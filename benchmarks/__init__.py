@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Benchmarks: `python -m benchmarks.NAME` from the repository's root.
+"""Benchmarks of the cost of averaging: `python -m benchmarks.NAME` in a checkout.
 
-A package, so that no installed package called `benchmarks` takes precedence.
+This is a package, so that no installed package called `benchmarks` takes precedence.
 """

@@ -3,9 +3,10 @@
 
     python -m benchmarks.average_every
 
-Times one donated SGD step of 33 M float32 parameters, in one leaf and in 16: without an
-average, averaging at every step, and at every tenth step. Steps are interleaved, and
-medians reported. "select" computes the average at every step and discards most of them.
+Times one donated SGD step of 33 M float32 parameters, in one leaf and in 16 leaves:
+without an average, averaging at every step, and at every tenth step. Steps are
+interleaved, and medians are reported. "select" computes the average at every step and
+discards most results.
 """
 
 import statistics

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The averages of this library, as people write them by hand in JAX."""
+"""Hand-written versions of this library's averages in JAX, for comparison."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile for TPUs and GPUs without either, and count what a step moves and allocates.
+"""Compile for TPUs and GPUs without them, and count the bytes moved and allocated.
 
 Needs `pip install "jax[tpu]"` or `pip install "jax[cuda12-local]"`, but no device, no
 driver and no CUDA. Programs are compiled ahead of time and never run. Targets are named

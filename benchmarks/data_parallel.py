@@ -4,7 +4,7 @@
     python -m benchmarks.data_parallel
 
 Trains as `examples/data_parallel.py` does: by `pmap`, by `jit`, and by `jit` in two
-processes with half of the devices each, as on two hosts. Each way starts its own
+processes with half of the devices each, as on two hosts. Every variant starts its own
 processes, in which the CPU acts as `--devices` devices.
 """
 

@@ -2,8 +2,9 @@
 """Timing of several programs side by side.
 
 Times come from google-benchmark, which jax uses too. It repeats every contestant
-several times, in a random order over all contestants, so that a machine that slows
-down slows all of them alike. Reported are medians over the repetitions, and quartiles.
+several times. The repetitions of all contestants run in a random order, so a machine
+that slows down slows all of them alike. Medians and quartiles over the repetitions are
+reported.
 """
 
 import contextlib

@@ -5,9 +5,9 @@
 
 Checkpoints of a gigabyte are read one after another by Orbax alone, averaged by
 `average_checkpoints`, and merged by the command, which also saves the average. Every
-run has its own process, and the ways take turns. Reported are medians and quartiles.
+run has its own process, and the ways take turns. Medians and quartiles are reported.
 Files are read from the disk, because old checkpoints of a run are rarely in the page
-cache; `--cached` reads them from there.
+cache; with `--cached` they are read from the page cache.
 """
 
 import concurrent.futures

@@ -5,9 +5,9 @@
 
 Needs `pip install "jax[tpu]"` or `pip install "jax[cuda12-local]"`, in a separate
 environment, but neither a TPU nor a GPU: the step is compiled ahead of time for each
-target and never run. The first table has one leaf of half a gigabyte per device; the
-second has the same with `update` compiled alone; the third, for TPUs, has 32 leaves of
-64 MiB with their average in host memory.
+target and never run. The first table has one leaf of half a gigabyte per device. The
+second table has the same leaf, with `update` compiled alone. The third table, for TPUs,
+has 32 leaves of 64 MiB with their average in host memory.
 """
 
 from collections.abc import Sequence

@@ -16,8 +16,8 @@ the optimizer with torch.compile", with an eager network; `--quick` leaves it ou
 so does a machine without a C++ compiler.
 
 Before anything is timed, every row of torch must reach the weights and averages of its
-counterpart in JAX. Repetitions of all rows are timed in a random order, so that what
-slows the machine down slows all of them. Reported are medians and quartiles.
+counterpart in JAX. Repetitions of all rows are timed in a random order, so a machine
+that slows down slows all of them alike. Medians and quartiles are reported.
 """
 
 from collections.abc import Callable, Sequence

@@ -11,8 +11,8 @@ carry. Each of our averages is compared with the same rule written by hand.
 Two things are timed: the whole step, and the update alone (clipping, AdamW,
 `apply_updates` and the average, with constant gradients). Averaging adds less to the
 whole step than two repetitions differ by, so its cost is read from the update. All
-repetitions run in a random order, so that what slows the machine down slows all of
-them. Reported are medians and quartiles.
+repetitions run in a random order, so a machine that slows down slows all of them alike.
+Medians and quartiles are reported.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -301,9 +301,9 @@ PAGE = """\
 # Cost of averaging in a transformer's training step
 
 A decoder-only transformer of {parameters} parameters ({layers} layers of {width},
-{heads} heads, a context of {context} bytes), batches of {batch} x {context} bytes,
-AdamW with clipping: one compiled step on the {device}, in float32 unless the row says
-otherwise. Medians (and quartiles) of {repetitions} repetitions.
+{heads} heads, a context of {context} bytes) reads batches of {batch} x {context} bytes.
+The optimizer is AdamW with clipping. One compiled step is timed on the {device}, in
+float32 unless stated otherwise. Medians (and quartiles) of {repetitions} repetitions.
 
 {table}
 

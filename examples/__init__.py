@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 """Examples of one idea each: `python -m examples.NAME` in the root of the repository.
 
-This is a package, or Python might import another package called `examples`.
+This is a package, so that Python does not import another package called `examples`.
 """

@@ -6,8 +6,8 @@
 A Flax network learns digits by ASGD on eight virtual CPU devices, in two ways:
 
 - *pmap*: every device keeps all parameters and the whole average.
-- *jit*: parameters and average are sharded over the devices ("FSDP"). The step is that
-  for one device; `jax.jit` adds the communication. The update needs none.
+- *jit*: parameters and average are sharded over the devices ("FSDP"). The step is
+  written for one device; `jax.jit` adds the communication. The update needs none.
 
 With several processes, each calls `jax.distributed.initialize()`, then `train("jit")`.
 """

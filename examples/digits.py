@@ -121,7 +121,7 @@ def draw(results: Results, t0: int, output: Path) -> None:
         steps, losses = results.steps[shown], results.curves[name].loss[shown]
         mean, std = losses.mean(axis=1), losses.std(axis=1, ddof=1)
         axes.fill_between(steps, mean - std, mean + std, fc=color, alpha=0.2, lw=0)
-        axes.plot(steps, mean, color=color, label=f"{name} iterate")
+        axes.plot(steps, mean, c=color, label="average" if first else "last iterate")
     axes.axvline(t0, color="0.4", linestyle="--", label=f"averaging begins: t0 = {t0}")
     axes.set(xlabel="step", ylabel="validation loss, mean ± std", ylim=(0, 0.5))
     axes.legend()

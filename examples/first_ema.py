@@ -3,9 +3,9 @@
 
     python -m examples.first_ema
 
-The program of the README with a log. The learning rate is constant, so the parameters
-keep moving with the noise of the minibatches. Their exponential moving average (EMA)
-settles near the sine.
+This is the program of the README with a log and a figure. The learning rate is
+constant, so the parameters keep moving with the noise of the minibatches. The network
+with their exponential moving average (EMA) settles near the sine.
 """
 
 from argparse import ArgumentParser

@@ -3,7 +3,7 @@
 
     python -m examples.from_pytorch  # after pip install '.[examples,torch]'
 
-`torch.optim.ASGD` trains a network on digits. Halfway, the run continues in Flax too.
+`torch.optim.ASGD` trains a network on digits. Halfway, a copy of the run moves to Flax.
 """
 
 import copy

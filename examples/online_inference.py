@@ -3,10 +3,10 @@
 
     python -m examples.online_inference
 
-What makes a tumour malignant? Coefficients, a contrast and log odds are streams for
-`running_random_scaling`. A second run, at twice the learning rate, removes the bias of
-SGD's average: 2 p_c - p_2c. The stream draws scikit-learn's 569 tumours with
-replacement; the intervals are for the maximum-likelihood fit to these.
+The regression predicts whether a tumour is malignant. Coefficients, a contrast and log
+odds are streams for `running_random_scaling`. A second run, at twice the learning rate,
+removes the bias of SGD's average: 2 p_c - p_2c. The stream draws from scikit-learn's
+569 tumours with replacement. The intervals are for the maximum-likelihood fit to all.
 """
 
 from argparse import ArgumentParser

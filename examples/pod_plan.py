@@ -3,13 +3,13 @@
 
     python -m examples.pod_plan
 
-Shards a transformer of 70 billion bfloat16 parameters (Llama 3's shapes) and their
-float32 average over 256 chips, and compiles the update of `asgd` for them. Prints the
-memory used and moved on each chip, and the time that the memory bandwidth allows.
-Nothing is run and no TPU is needed: `pip install "jax[tpu]"`, in an environment of its
-own, installs the compiler. The plan covers the optimizer's part of a training step,
-with gradients sharded like the parameters. This example imports `benchmarks`, so it
-runs only in a checkout.
+This example shards a transformer of 70 billion bfloat16 parameters (Llama 3's shapes)
+and their float32 average over 256 chips, and compiles the update of `asgd` for them. It
+prints the memory used and moved on each chip, and the least time that the memory
+bandwidth allows. Nothing is run and no TPU is needed: `pip install "jax[tpu]"`, in an
+environment of its own, installs the compiler. The plan covers the optimizer's part of a
+training step, with gradients sharded like the parameters. This example imports
+`benchmarks`, so it runs only in a checkout.
 """
 
 import math

@@ -4,9 +4,9 @@
     python -m examples.weightings
 
 A network learns scikit-learn's digits by Adam at a constant learning rate, with noisy
-minibatches and three averages in the chain. The uniform average keeps the bad start of
-the training. The polynomial one forgets it, whatever the length of the run. The
-exponential one averages over a fixed window, so its noise stops falling.
+minibatches and three averages in the chain. The uniform average remembers the bad start
+of the training. The polynomial average forgets it, for runs of any length. The
+exponential average has a fixed window, so its noise stops falling.
 """
 
 from argparse import ArgumentParser

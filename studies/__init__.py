@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Studies of what averaging buys: `python -m studies.NAME` from the repository's root.
+"""Studies of the benefit of averaging: `python -m studies.NAME` in a checkout.
 
-A package, so that no installed package called `studies` takes precedence.
+This is a package, so that no installed package called `studies` takes precedence.
 """

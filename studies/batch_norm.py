@@ -3,9 +3,9 @@
 
     python -m studies.batch_norm --rate 0.3
 
-Trains as `examples/batch_norm.py`. There the learning rate is 3, where stale statistics
-do harm. At a small learning rate the iterates are close together, and their statistics
-fit the average.
+This study trains like `examples/batch_norm.py`. That example has a learning rate of 3,
+at which stale statistics do harm. At a small learning rate the iterates are close
+together, so their statistics fit the average.
 """
 
 from collections.abc import Sequence

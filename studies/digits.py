@@ -5,8 +5,8 @@
     python -m studies.digits --schedule linear --rate 0.8 1.2 1.6 2.0
     python -m studies.digits --noise 0
 
-Trains as `examples/digits.py`, with one row per learning rate. Choose the learning rate
-at which the last iterate does best on the validation set, because choosing by the
+This study trains like `examples/digits.py`, with one row per learning rate. Choose the
+learning rate at which the last iterate does best on the validation set. A choice by the
 average would favour the average.
 """
 

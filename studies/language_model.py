@@ -10,8 +10,8 @@ the average of `nt_asgd`, which begins when the validation loss stops improving,
 EMA. (With `lambd=0`, `nt_asgd` takes the same steps as SGD.) A second run divides its
 learning rate by 4 whenever the validation loss is above its lowest.
 
-The average is well below the iterates that it averages, and below the best of them,
-without a schedule to tune and without choosing when to begin. But other methods do as
+The loss of the average is well below that of the iterates it averages, and below that
+of the best iterate. No schedule and no start had to be chosen. But other methods do as
 well: a learning rate that is divided in time, and an EMA, which is slightly better.
 """
 

@@ -3,12 +3,12 @@
 
     python -m studies.looks
 
-simulates Brownian paths W on [0, R] and takes the quantile of the supremum over r in
-[1, R] of |W(r) / r| / sqrt(V(r) / r), with V the random scaling functional. On a grid
-of n0 steps per unit of log r the supremum is too low by about 1 / sqrt(n0), so two
-grids are extrapolated. For K looks that are fixed in advance, evenly spaced in log r
-over a range of 10, it compares the quantile with the bound `level=1 - 0.05 / K`. Takes
-a minute.
+The study simulates Brownian paths W on [0, R] and takes the quantile of the supremum
+over r in [1, R] of |W(r) / r| / sqrt(V(r) / r), with V the random scaling functional.
+On a grid of n0 steps per unit of log r the supremum is too low by about 1 / sqrt(n0),
+so the study extrapolates from two grids. For K looks that are fixed in advance, evenly
+spaced in log r over a range of 10, it compares the quantile with the bound `level=1 -
+0.05 / K`. It takes a minute.
 """
 
 from collections.abc import Sequence

@@ -3,12 +3,13 @@
 
     python -m studies.one_pass
 
-Repeats the experiment of Bottou (COMPSTAT 2010) on data that need no download: how near
-to the exact optimum of a regularised logistic regression are one pass and ten passes
-over the training set? The optimum comes from Newton's method in float64. The methods
-run in float32 and are evaluated in float64. All see the examples in the same orders,
-and results are means over the orders. The difference of two test errors is reported
-with its standard error, and the times of a pass with quartiles (`benchmarks.harness`).
+This study repeats the experiment of Bottou (COMPSTAT 2010) on data that need no
+download. It measures the distance from the exact optimum of a regularised logistic
+regression after one pass and after ten passes over the training set. The optimum comes
+from Newton's method in float64. The methods run in float32 and are evaluated in
+float64. All methods see the examples in the same orders, and results are means over the
+orders. The difference of two test errors is reported with its standard error, and the
+times of a pass with quartiles (`benchmarks.harness`).
 """
 
 import os
@@ -86,9 +87,9 @@ def synthetic(n: int, d: int, tests: int) -> Problem:
     positive = logits + rng.logistic(size=n + tests) > 0
     positive ^= rng.random(n + tests) < 0.05
     description = (
-        "normal features, the eigenvalues of whose covariance are k^-1.5, k = 1 to d,"
-        f" in rotated axes (condition number {d**1.5:,.0f}); logistic labels at logits"
-        " of standard deviation 3, then 5 % of them flipped"
+        "The features are normal. Their covariance has the eigenvalues k^-1.5, k = 1 to"
+        f" d, in rotated axes (condition number {d**1.5:,.0f}). The labels are logistic"
+        " with logits of standard deviation 3, and 5 % of them are flipped."
     )
     return _scaled("Synthetic", description, x, positive, n)
 
@@ -107,10 +108,10 @@ def vowels(length: int | None) -> Problem:
     x = np.eye(27, dtype=np.float32)[symbols[:, :-1]].reshape(len(symbols), -1)
     vowel = np.isin(symbols[:, -1], [ord(letter) - 96 for letter in "aeiou"])
     description = (
-        f"the text of CPython {platform.python_version()}'s `pydoc_data.topics` in 27"
-        " symbols, a to z and space:"
-        " whether a letter is a vowel, by the 8 symbols before it, one-hot; the test"
-        " set is the last sixth of the text"
+        f"The text is CPython {platform.python_version()}'s `pydoc_data.topics` in 27"
+        " symbols, a to z and space. The model predicts whether a letter is a vowel,"
+        " from the 8 symbols before it, one-hot. The test set is the last sixth of the"
+        " text."
     )
     return _scaled("Text", description, x, vowel, n)
 
@@ -433,7 +434,8 @@ def quality_table(result: Study) -> str:
         )
     lines.append(["exact optimum", "", *["0"] * 5, *[f"{result.error:.2f}"] * 2])
     costs = [f"cost {passes}" for passes in PASSES]
-    return report.table(["", "rate", *costs, "best 1", "error 1", "error 10"], lines)
+    header = ["", "learning rate", *costs, "best 1", "error 1", "error 10"]
+    return report.table(header, lines)
 
 
 def verdict(result: Study) -> str:
@@ -453,9 +455,10 @@ def verdict(result: Study) -> str:
         " optimum's (± the standard error of the difference). Methods with a lower cost"
         " than `asgd`, lowest first:"
     )
+    hindsight = {name: row.hindsight for name, row in rows.items()}
     lists = [
         lower("one pass", {n: row.costs[ONE_PASS] for n, row in rows.items()}),
-        lower("one pass, best rates", {n: row.hindsight for n, row in rows.items()}),
+        lower("one pass, best learning rates", hindsight),
         lower("ten passes", last),
     ]
     return "\n".join([textwrap.fill(sentence, 88), "", *lists])
@@ -497,20 +500,22 @@ INTRODUCTION = """\
 
 Logistic regression in float32: the mean loss + λ/2 |w|², λ = {LAMBDA:g}, from w = 0.
 *Cost* is the objective on the training set minus that of the exact optimum, and *error*
-the test error in %, after so many passes: means over {orders} orders of the examples,
-the same for all methods. The batch size is 1 unless the row says otherwise.
+the test error in %. The number after each is that of the passes. Both are means over
+{orders} orders of the examples, the same for all methods. The batch size is 1 unless
+stated otherwise.
 
-- `asgd`: Bottou's rate g0 (1 + λ g0 t)^-0.75, averaging after the first d updates,
-  `lambd` = λ. The last iterate of the same run is SGD at the same learning rate.
+- `asgd`: Bottou's learning rate g0 (1 + λ g0 t)^-0.75, averaging after the first d
+  updates, `lambd` = λ. The last iterate of the same run is SGD at the same learning
+  rate.
 - SGD: Bottou's g0 (1 + λ g0 t)^-1, or a learning rate that falls from g0 to 0 in one
   pass.
 - Adam: a constant learning rate; `average_iterates` begins after the first d updates.
 - `SGDClassifier`: its default learning rate; with averaging, also a constant one.
 
-*Rate* is g0, or the constant learning rate: the power of 2 from {low:.1e} to {high:g}
-with the lowest objective on a tenth of the training set after one pass over that tenth.
-*Best 1* is, in hindsight, the lowest cost after one pass of the first order at this
-rate, an eighth, a quarter, a half and twice it."""
+*Learning rate* is g0, or the constant learning rate: the power of 2 from {low:.1e} to
+{high:g} with the lowest objective on a tenth of the training set after one pass over
+that tenth. *Best 1* is the lowest cost in hindsight: after one pass of the first order,
+at this learning rate, an eighth, a quarter, a half and twice it."""
 
 
 def section(result: Study) -> str:
@@ -520,8 +525,8 @@ def section(result: Study) -> str:
     # The objective exceeds its minimum by at most |gradient|^2 / (2 lambda).
     bound = result.slope**2 / (2 * LAMBDA)
     description = (
-        f"{n:,} training and {len(test.y):,} test examples, d = {d}:"
-        f" {result.problem.description}. {np.mean(test.y > 0):.1%} of the test set are"
+        f"{n:,} training and {len(test.y):,} test examples, d = {d}."
+        f" {result.problem.description} {np.mean(test.y > 0):.1%} of the test set are"
         f" positive. The optimum's objective is {result.cost:.6f}, within {bound:.0e}"
         f" of the minimum, because its gradient has norm {result.slope:.0e}."
     )

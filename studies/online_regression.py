@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Regressions on a stream with confidence intervals: one pass of SGD in chunks.
 
-Each observation is a step of a `lax.scan` over its chunk. Only the parameters and the
+Each observation is one step of a `lax.scan` over its chunk. Only the parameters and the
 state pass from chunk to chunk, so memory does not grow with the stream. The learning
 rates are those of `docs/how_to/confidence_intervals.md`.
 """

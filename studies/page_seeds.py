@@ -4,7 +4,7 @@
     python -m studies.page_seeds
 
 Each program trains a network on noisy targets and prints two test losses, of the last
-iterate and of the EMA. This study runs its code with other seeds in place of 0, and
+iterate and of the EMA. This study runs the programs with other seeds in place of 0, and
 counts how often the EMA has the lower loss.
 """
 

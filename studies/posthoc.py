@@ -3,7 +3,8 @@
 
     python -m studies.posthoc
 
-`posthoc_coefficients` needs the profiles alone, so it shows before a run what to keep.
+`posthoc_coefficients` needs only the profiles, so you can decide before a run which
+averages to keep.
 """
 
 import time
@@ -25,18 +26,20 @@ LONG = 10**9
 PAGE = """\
 # How well kept averages approximate others
 
-Averages kept up to step {steps:,}, and averages of step {steps:,} made of them: the
-remaining relative distance of the profiles, and in brackets the amplification, by which
-the rounding errors of the kept averages grow. `posthoc_coefficients`, float64.
+`posthoc_coefficients` combines averages kept up to step {steps:,} into other averages
+of step {steps:,}, in float64. The table has the residual, which is the remaining
+relative distance of the profiles. In brackets is the amplification, by which the
+rounding errors of the kept averages grow.
 
 {table}
 
 *Two widths* are power-function averages of width 0.05 and 0.10. With a residual of 0.03
-the average is slightly different; with 0.4 it is not the one that was asked for. An
-amplification of 100 turns float32's 6e-8 into an error of 6e-6 of the weights.
+the average is slightly different; with 0.4 it is another average. An amplification of
+100 turns float32's rounding error of 6e-8 into an error of 6e-6 of the weights.
 
-A width of 0.15 after {long:.0e} steps, from two widths kept ten times: {seconds:.1f} s,
-and a residual of {residual:.3f}, as after {steps:,} steps ({expected:.3f}).
+For a width of 0.15 after {long:.0e} steps, from two widths kept ten times, the fit
+takes {seconds:.1f} s. Its residual is {residual:.3f}, compared with {expected:.3f}
+after {steps:,} steps.
 """
 
 

@@ -4,16 +4,16 @@
     python -m studies.rate_sweep
 
 Trains the network of examples/digits.py at many constant learning rates from several
-seeds. The learning rate and `t0` are traced arrays, so that the whole sweep is one
-jitted call. Minibatches and the noise on their pixels are drawn in the graph, once per
-seed, so that all learning rates see the same. The parameters do not depend on `t0`, so
-one run keeps an average for each `t0`: `jax.vmap` over the update batches only `mu` and
+seeds. The learning rate and `t0` are traced arrays, so the whole sweep is one jitted
+call. Minibatches and the noise on their pixels are drawn in the graph, once per seed,
+so all learning rates see the same data. The parameters do not depend on `t0`, so one
+run keeps an average for each `t0`: `jax.vmap` over the update batches only `mu` and
 `ax`.
 
-The picture shows the test accuracy, means over the seeds. The first table lists the
+The figure shows the test accuracy, as means over the seeds. The first table lists the
 learning rates that come near the best accuracy. The second table compares the time of
-the sweep, with one `t0`, with the same runs one after another. Of these only a few are
-timed, in a random order with the sweep, and their mean is multiplied.
+the sweep, with one `t0`, with that of the same runs one after another. Only a few of
+these runs are timed, in a random order with the sweep, and their mean is multiplied.
 """
 
 import itertools
@@ -278,7 +278,8 @@ def range_table(rates: np.ndarray, last: np.ndarray, average: np.ndarray) -> str
         for name, mean in means.items()
     ]
     near_all, near_own = "near the best of all", "near its own best"
-    header = ["", "best (%)", "at rate", near_all, "rates", near_own, "rates"]
+    count = "learning rates"
+    header = ["", "best (%)", "at learning rate", near_all, count, near_own, count]
     return report.table(header, rows)
 
 
@@ -336,29 +337,29 @@ def draw(rates: np.ndarray, results: Accuracy, output: Path) -> None:
 TEXT = """\
 # A sweep of the learning rate in one graph
 
-{runs} runs of {steps:,} steps, {rates} constant learning rates from {low:g} to \
-{high:g} by {seeds} seeds: the network of `examples/digits.py` (64-{hidden}-10), \
-{batch} images per step, noise of {noise} on their pixels, gradients clipped to norm \
-{clip:g}, float32. Each run keeps {starts} averages, which begin at 0 to {latest:g} \
-of the steps. The whole sweep is one jitted call: {all_seconds:.1f} s (timed once) \
-after {all_compile:.1f} s of compilation.
+{runs} runs of {steps:,} steps: {rates} constant learning rates from {low:g} to \
+{high:g}, {seeds} seeds each. They train the network of `examples/digits.py` \
+(64-{hidden}-10) in float32, on {batch} images per step with noise of {noise} on their \
+pixels. Gradients are clipped to norm {clip:g}. Each run keeps {starts} averages, \
+which begin at 0 to {latest:g} of the steps. The whole sweep is one jitted call: it \
+takes {all_seconds:.1f} s (timed once) after {all_compile:.1f} s of compilation.
 
 Test accuracy, mean over the seeds. *near*: the lowest and the highest learning rate \
-within {near:g} point of the best of the table, or of the row, and the number of such \
-rates out of {rates}. In {lost} of the {runs} runs the last iterate is below \
-{failed:g} %.
+within {near:g} point of the best accuracy of the table, or of the row. The next \
+column has the number of such learning rates out of {rates}. In {lost} of the {runs} \
+runs the last iterate is below {failed:g} %.
 
 {ranges}
 
-![Test accuracy by rate and start](rate_sweep.png)
+![Test accuracy by learning rate and start of the averaging](rate_sweep.png)
 
 Time of the {runs} runs with one average each, from half of the steps on: medians of \
 {repetitions}, in random order, without compilation. *JAX, one call*: the learning \
 rates by `vmap`, the seeds by `lax.map`; compiled in {half_compile:.1f} s. *In turn*: \
-run after run. In JAX each is one jitted call (compiled in {run_compile:.1f} s); in \
-torch it is eager `torch.optim.ASGD`, with the faster of 1 and {cores} threads \
-({threads}). Times in turn are extrapolated: {samples} whole runs were timed and \
-their mean multiplied by {runs}.
+one run after another. In JAX each run is one jitted call (compiled in \
+{run_compile:.1f} s). In torch it is eager `torch.optim.ASGD`, with the faster of 1 \
+and {cores} threads ({threads}). Times in turn are extrapolated: {samples} whole runs \
+were timed and their mean multiplied by {runs}.
 
 {table}
 

@@ -242,7 +242,7 @@ def scikit_learn(regression: str) -> Callable[[Rows], Fit]:
     return fit
 
 
-ONE, TWO = "ours, one rate", "ours, two rates extrapolated"
+ONE, TWO = "ours, one learning rate", "ours, two learning rates extrapolated"
 STATSMODELS = "statsmodels"
 
 
@@ -391,10 +391,10 @@ median). The data are on disk in float32, {size:,.0f} MB, and read in chunks of
 {median}
 
 - *ours*: SGD, one observation per step, with the intervals of random scaling
-  (`online_regression.py`), in float32. One rate: min(1/d, t^-0.505 / 2). Two rates:
-  min(1/2d, t^-0.505) / L and twice that, extrapolated; L is 1, 1/4 and 1/2, a bound of
-  the loss's curvature. Averaging begins after n / 100. The rows with a tenth of the
-  observations show that memory does not grow.
+  (`online_regression.py`), in float32. One learning rate: min(1/d, t^-0.505 / 2). Two
+  learning rates: min(1/2d, t^-0.505) / L and twice that, extrapolated; L is 1, 1/4 and
+  1/2, a bound of the loss's curvature. Averaging begins after n / 100. The rows with a
+  tenth of the observations show that memory does not grow.
 - *scikit-learn*: `SGDRegressor` and `SGDClassifier` by `partial_fit`, without penalty,
   at t^-0.505 / 2, averaged after n / 100, in float64. It has no intervals.
 - *NumPy*: a few lines that sum d² numbers over the chunks in float64: exact, with
@@ -406,11 +406,11 @@ median). The data are on disk in float32, {size:,.0f} MB, and read in chunks of
 - *memory*: the peak resident memory of the process (VmHWM), one process per row; *of it
   imports*: before anything is read. The file is mapped again for each chunk, so only
   one chunk of its pages counts, and the operating system's file cache does not.
-- *from exact*, *from truth*: root mean square over the coefficients of the distance
-  from statsmodels' estimate of as many observations, and from the truth, in efficient
-  standard errors, sqrt((H^-1 S H^-1)_jj / n).
-- *half-width / efficient*: mean half-width of the 95 % intervals over {normal} of
-  these. Its limit for random scaling is 1.30, in the mean over streams.
+- *from exact*, *from truth*: distance from statsmodels' estimate on the same number of
+  observations, and from the true coefficients. It is a root mean square over the
+  coefficients, in efficient standard errors, sqrt((H^-1 S H^-1)_jj / n).
+- *half-width / efficient*: mean half-width of the 95 % intervals over {normal}
+  efficient standard errors. For random scaling its mean over streams tends to 1.30.
 - *true value covered*: on one stream. `python -m studies.coverage` measures the
   coverage over many streams.
 """

@@ -3,8 +3,8 @@
 
     python -m studies.weightings --rate 0.02
 
-Trains as `examples/weightings.py`. A larger learning rate leaves more noise to average
-away, which favours the uniform weighting.
+This study trains like `examples/weightings.py`. At a larger learning rate there is more
+noise to average away, which favours the uniform weighting.
 """
 
 from collections.abc import Sequence

@@ -128,6 +128,20 @@ def test_from_pytorch_continues_as_torch_alone(dtype, tmp_path, monkeypatch):
     assert (tmp_path / "figure.png").read_bytes().startswith(PNG_SIGNATURE)
 
 
+def test_horizon_free_average_keeps_up_with_a_cosine_per_horizon(tmp_path, monkeypatch):
+    lesson = example("horizon_free", monkeypatch)
+    results = lesson.main(tmp_path / "figure.png", last=11, seeds=4)
+    assert results.horizons.tolist() == [256, 512, 1024, 2048]
+    last, average, cosine = (results.risks[name].mean(axis=1) for name in lesson.NAMES)
+    assert np.all(average < 0.9 * last)
+    assert 0.7 < np.exp(np.mean(np.log(average / cosine))) < 1.3
+    # Each horizon reads the same run: nothing depends on the later ones.
+    shorter = lesson.main(tmp_path / "figure.png", last=9, seeds=4)
+    for name in lesson.NAMES:
+        np.testing.assert_allclose(shorter.risks[name], results.risks[name][:2], 1e-4)
+    assert (tmp_path / "figure.png").read_bytes().startswith(PNG_SIGNATURE)
+
+
 def test_language_model_begins_to_average_by_itself(tmp_path, monkeypatch):
     lesson = example("language_model", monkeypatch, LEARNING_RATE=40.0, NONMONO=1)
     words, (training, validation) = lesson.load()

@@ -20,6 +20,7 @@ from studies import (
     coming_from,
     coverage,
     digits,
+    horizon_free,
     language_model,
     online_inference,
     online_regression,
@@ -85,6 +86,74 @@ def test_after_the_run_resumes_merges_chooses_and_reports(monkeypatch, tmp_path)
         np.testing.assert_allclose(merged, expected, rtol=1e-5, atol=1e-7)
     starts = {n: score(run.mean(n, 15), validate=True) for n in range(0, 15, 3)}
     assert run.best_start(15) == min(starts, key=starts.get)
+
+
+DESIGN = horizon_free.Design(1.5, 2.5)
+
+
+def test_horizon_free_expected_risk_is_the_mean_of_simulated_ones():
+    seeds = 1000
+    sizes = horizon_free.Sizes(d=20, first=4, last=6, seeds=seeds)
+    rows, _ = horizon_free.tune(DESIGN, sizes)
+    # Small peaks: near divergence a few seeds dominate the mean.
+    rows = [row._replace(peak=0.1, alpha=5.0) for row in rows]
+    peaks = np.full((2, 3), 0.1)
+    measured = horizon_free.simulate(DESIGN, sizes, rows, peaks)
+    with horizon_free.enable_x64(True):
+        groups = horizon_free.group(DESIGN, 20)
+        scheduled = [
+            [
+                float(horizon_free.expected_scheduled(groups, peaks[0], n, cosine)[0])
+                for n in sizes.horizons.tolist()
+            ]
+            for cosine in (True, False)
+        ]
+    expected = horizon_free.row_risks(DESIGN, 20, sizes, rows), scheduled
+    for simulated, exact in zip(measured, expected, strict=True):
+        error = simulated.std(axis=-1) / np.sqrt(seeds)
+        assert np.all(np.abs(simulated.mean(axis=-1) - exact) < 5 * error)
+        assert np.all(error < 0.05 * np.array(exact))
+
+
+def test_horizon_free_groups_of_coordinates_are_nearly_exact():
+    sizes = horizon_free.Sizes(d=500, first=8, last=11, seeds=2)
+    row = horizon_free.Row("t^-0.4", "polynomial", 0.4, 0.2, 1.0)
+    (risks,) = horizon_free.row_risks(DESIGN, 500, sizes, [row])
+    single = horizon_free.group(DESIGN, 500, ratio=1.0)
+    assert len(single.size) == 500 > 3 * len(horizon_free.group(DESIGN, 500).size)
+    rates = tuple(np.array([x]) for x in (0.2, 1.0, 0.4))
+    with horizon_free.enable_x64(True):
+        exact = np.asarray(horizon_free.expected_risks(single, rates, last=11))
+    polynomial = horizon_free.READINGS.index("polynomial")
+    np.testing.assert_allclose(risks, exact[8:, polynomial, 0], rtol=1e-3)
+
+
+def test_horizon_free_exponents_meet_at_the_optimum():
+    for a, b in horizon_free.DESIGNS:
+        design = horizon_free.Design(a, b)
+        averaged = design.exponent(design.gamma, "uniform")
+        assert averaged == pytest.approx(design.optimum)
+        for gamma in (0.1, 0.3, 0.6):
+            assert design.exponent(gamma, "uniform") >= averaged - 1e-9
+            assert design.exponent(gamma, "last iterate") > averaged
+    assert DESIGN.exponent(0.0, "last iterate") == 0
+    horizons = 2 ** np.arange(12)
+    risks = 3 * horizons[:, None] ** np.array([-0.5, -0.25])
+    np.testing.assert_allclose(horizon_free.slopes(horizons, risks), [-0.5, -0.25])
+
+
+def test_horizon_free_reports_and_uses_its_cache(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(horizon_free, "DESIGNS", [(1.5, 2.5), (2.0, 1.5)])
+    argv = ["--quick", f"--output={tmp_path}", f"--cache={tmp_path / 'cache'}"]
+    first = horizon_free.main(argv)
+    page = (tmp_path / "horizon_free.md").read_text()
+    assert page in capsys.readouterr().out
+    assert f"{horizon_free.gaps(first[DESIGN])[0, -1]:.2f}" in page
+    assert (tmp_path / "horizon_free.png").read_bytes().startswith(PNG_SIGNATURE)
+    monkeypatch.setattr(horizon_free, "simulate", None)
+    second = horizon_free.main(argv)
+    for one, other in zip(first[DESIGN], second[DESIGN], strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize(
@@ -464,6 +533,7 @@ def test_ten_million_table_shows_what_was_measured():
         (coming_from, "--speed=1"),
         (coverage, "--observations=1500"),
         (digits, "--noise=nan"),
+        (horizon_free, "--speed=1"),
         (language_model, "--epochs=1.5"),
         (online_inference, "--observations=1001"),
         (posthoc, "--speed=1"),

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Functions that read or replace what an optimizer state keeps."""
+"""Functions that read or replace averages and statistics in an optimizer state."""

@@ -36,7 +36,7 @@ def averaged_params(
 ) -> optax.Params:
     """Return the averaged parameters stored in an optimizer state.
 
-    It finds the average at any depth: inside `optax.chain`, `masked`, `partition`,
+    It finds the average at any depth: in `optax.chain`, `masked`, `partition`,
     `inject_hyperparams`, `MultiSteps`, `apply_if_finite`, a Flax `TrainState` and the
     `opt_state` of an `nnx.Optimizer`. The groups of `optax.partition` are merged.
     Before averaging begins, the result is the parameters after the latest update, and
@@ -51,9 +51,9 @@ def averaged_params(
         not `nnx.state(optimizer)`, nor a checkpoint restored without a target.
       params: the current parameters, those that the optimizer updates and not a
         transform of them (NumPyro: `svi.constrain_fn(averaged_params(result.state))`).
-        With them the result has their tree type and dtypes, and leaves that are not
-        averaged are taken from them: masked leaves, and those where the average has
-        `None`, as `equinox.filter` and `equinox.partition` leave for a function.
+        The result then has their tree type and dtypes. Leaves that are not averaged
+        are taken from `params`: masked leaves, and leaves that are `None` in the
+        average, such as functions after `equinox.filter` or `equinox.partition`.
 
     Returns:
       A pytree shaped like the parameters. Without `params` it has the structure and

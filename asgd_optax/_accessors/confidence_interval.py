@@ -29,36 +29,36 @@ def confidence_interval(
 
     .. math:: \bar p_n \pm c \sqrt{V_n / n}, \quad P(|T| > c) = 1 - \mathrm{level}
 
-    where T, the limit of the averaged iterate over its random scale, is a standard
+    T is the limit of the ratio of the average's error to its random scale: a standard
     normal over the root of an independent Cramér-von Mises variable (Abadir &
-    Paruolo 1997). Its tails are heavier than a normal's: c = 6.747 at 95 %.
+    Paruolo 1997). Its tails are heavier than those of a normal: c = 6.747 at 95 %.
 
-    Without `looks` an interval covers the true value with this probability at one n
-    that is fixed in advance. If you read intervals repeatedly, or stop when they are
-    short, pass `looks`. The critical value then is that of the supremum of
-    :math:`|T_n|` over the looks, which depends on last / first only: c = 12.79 for a
+    Without `looks`, an interval covers the true value with probability `level` at one
+    n that is fixed in advance. If you read intervals repeatedly, or stop when they are
+    short, pass `looks`. The critical value is then that of the supremum of
+    :math:`|T_n|` over the looks, which depends only on last / first: c = 12.79 for a
     ratio of 10.
 
     Args:
-      tree: the state of a `running_random_scaling`, or any pytree with exactly one in
-        it, such as an optimizer's state. May be traced. For several runs, as `jax.vmap`
-        stacks them, the intervals are stacked alike.
+      tree: the state of a `running_random_scaling`, or any pytree that contains exactly
+        one such state, such as an optimizer's state. May be traced. If `jax.vmap`
+        stacked the states of several runs, the intervals are stacked alike.
       level: the confidence level, a concrete number in (0, 1); at least 0.5 with
         `looks`.
       looks: two concrete whole numbers (first, last), with 2 <= first <= last <= 1000 *
-        first. All intervals that you read while the number n of averaged iterates
-        satisfies first <= n <= last hold together with probability `level`. Read them
-        at any of these n, and stop when you like.
+        first. With probability `level`, the true value is in all intervals that you
+        read while the number n of averaged iterates satisfies first <= n <= last. Read
+        them at any of these n, and stop when you like.
 
     Returns:
       The lower and upper ends, each a pytree shaped like the parameters in the dtypes
-      of the average: the parameters', float32 for 16-bit floats. They are NaN while
-      fewer than two iterates have been averaged, if n is outside `looks`, and if the
-      squares of the deviations leave the range of the dtype: float32 represents
-      half-widths from about 1e-16 to 1e18 (rescale smaller or larger parameters). The
-      interval has length 0 if a parameter never moved, moved only by subnormal numbers,
-      or moved so little that the ends are rounded to the average. Masked leaves stay
-      masked.
+      of the average: those of the parameters, but float32 for 16-bit floats. The ends
+      are NaN while fewer than two iterates have been averaged, if n is outside `looks`,
+      and if the squares of the deviations leave the range of the dtype: float32
+      represents half-widths from about 1e-16 to 1e18 (rescale smaller or larger
+      parameters). The interval has length 0 if a parameter never moved, moved only by
+      subnormal numbers, or moved so little that the ends are rounded to the average.
+      Masked leaves stay masked.
 
     Raises:
       TypeError: If `level` is not a number.

@@ -21,8 +21,8 @@ def replace_average(
 ) -> optax.OptState:
     """Replace the average that `average_iterates` keeps in an optimizer state.
 
-    The counterpart of `averaged_params`: continue an average that was published, or
-    kept by hand or by another library.
+    This is the counterpart of `averaged_params`. Use it to continue an average that
+    was published, or that was kept by hand or by another library.
 
     Args:
       opt_state: an optimizer state, or any pytree that contains one, such as a Flax
@@ -30,20 +30,20 @@ def replace_average(
       average: the new average, a pytree shaped like the parameters. Leaves that the
         state does not average (masked ones) are ignored.
       averaged: number of iterates that the new average counts for, a whole number of at
-        least 1; may be traced. For a plain EMA (`debias=False`) any such number will
-        do; for other weightings it sets the weight of the next iterate.
+        least 1; may be traced. For a plain EMA (`debias=False`) the number does not
+        matter; for other weightings it sets the weight of the next iterate.
 
     Returns:
-      `opt_state` with `average`, converted to the dtypes and placed with the shardings
-      and in the memory of the average that it replaces. A `CompensatedMean` starts
-      again without residual. Works under `jax.jit`.
+      `opt_state` with `average`, which has the dtypes, shardings and memory spaces of
+      the average that it replaces. A `CompensatedMean` starts again without residual.
+      The function works under `jax.jit`.
 
     Raises:
       ValueError: If there is no state of `average_iterates`, or more than one; if a
         leaf of `average` is missing or unexpected, or its shape differs; if a concrete
         `averaged` is less than 1 or not whole.
-      TypeError: If a leaf of `average` is not a number that fits: a complex one for a
-        real parameter, say.
+      TypeError: If a leaf of `average` has a dtype that does not fit, such as a complex
+        leaf for a real parameter.
 
     Examples:
       >>> import jax.numpy as jnp, optax

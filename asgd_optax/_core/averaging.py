@@ -9,8 +9,8 @@ Roundings:
 - `optax.apply_updates` rounds the iterate to the parameter's dtype;
 - the mean is computed in at least float32 and rounded when it is stored.
 
-A compiler would skip some of these roundings, and the average would be that of iterates
-that nobody applied. The functions of `numerics` prevent that.
+A compiler would skip some of these roundings, and the average would differ from that of
+the applied parameters. The functions of `numerics` prevent that.
 
 The work on one leaf is a `jax.jit` of its own. Leaves of one shape then share a trace,
 which saves a third of the compile time of many leaves, and each leaf runs as one

@@ -182,16 +182,16 @@ def exponential_weighting(
     depends on n alone: if the decay changes from 0.9 to 0.999 at n = 100, the next
     iterate gets 0.0104, not 0.001.
 
-    A weighting returns the weight of the *new* iterate. A function that returns the
-    decay instead, such as ``lambda n: 0.999``, is not an error that can be detected: it
-    makes an average that follows the latest iterate.
+    A weighting returns the weight of the *new* iterate. If a function returns the decay
+    instead, such as ``lambda n: 0.999``, no error is raised, and the average follows
+    the latest iterate.
 
     Args:
-      decay: the factor by which the weight of an iterate shrinks at each later one, a
-        scalar of at least 0 and less than 1; may be traced. A traced decay is not
-        checked: 1 or more gives the uniform average, which is the limit for a decay
-        that tends to 1 (with `debias=False`, an average that never changes); a
-        negative one counts as 0.
+      decay: the factor by which each new iterate shrinks the weights of the earlier
+        ones, a scalar of at least 0 and less than 1; may be traced. A traced decay is
+        not checked: 1 or more gives the uniform average, which is the limit for a decay
+        that tends to 1 (with `debias=False`, an average that never changes). A negative
+        decay counts as 0.
       warmup: a function of n = 1, 2, …, shape () and JAX's default integer dtype, to a
         decay, such as ``lambda n: (1 + n) / (10 + n)``.
       debias: whether to correct the start-up bias; by default true without a `warmup`
@@ -199,9 +199,9 @@ def exponential_weighting(
 
     Returns:
       A weighting, as `uniform_weighting` returns it. In float32 it is accurate to a few
-      units in the last place for a decay of up to 0.99999 and no `warmup`. The weight
-      1 - warmup(n) cancels: with ``(1 + n) / (10 + n)`` it is off by 5e-5 at n =
-      500,000, by up to 2e-3 nearby.
+      units in the last place for a decay of up to 0.99999 and no `warmup`. With a
+      `warmup`, 1 - warmup(n) suffers from cancellation: with ``(1 + n) / (10 + n)`` it
+      is off by 5e-5 at n = 500,000, and by up to 2e-3 for other n nearby.
 
     Raises:
       ValueError: If a concrete decay is outside [0, 1), if the decay is an array of a

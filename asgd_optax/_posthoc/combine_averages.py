@@ -23,9 +23,10 @@ def combine_averages(
 ) -> optax.Params:
     r"""Compute a weighted sum of pytrees, :math:`\sum_i c_i \bar p_i`.
 
-    With coefficients from `posthoc_coefficients`, averages kept in a run become another
-    average of it. With others, checkpoints are merged. NumPy arrays are summed in
-    float64, JAX arrays in float32, or in their own dtype if that is wider.
+    Use it with coefficients from `posthoc_coefficients` to turn averages kept in a run
+    into another average of the run, or with your own coefficients to merge checkpoints.
+    NumPy arrays are summed in float64, JAX arrays in float32, or in their own dtype if
+    that is wider.
 
     Args:
       averages: pytrees of JAX or NumPy arrays with equal structure, shapes and dtypes.

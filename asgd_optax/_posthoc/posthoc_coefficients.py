@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Averages chosen after the run: the best mixture of averages that were kept.
 
-An average's profile is the weight that it gives to each iterate. Iterates are taken
-together in blocks, and least squares compare the profiles' masses in them. The mass of
-a block follows from the fraction of the average that each block leaves to the iterates
+An average's profile is the weight that it gives to each iterate. Iterates are grouped
+in blocks, and least squares compare the profiles' masses in the blocks. The mass of a
+block follows from the fraction of the average that each block leaves to the iterates
 before it, because these fractions multiply.
 """
 
@@ -38,10 +38,10 @@ _RANK_TOLERANCE = 1e-11
 class AverageProfile(NamedTuple):
     """The weights that an average gives to the iterates of a run.
 
-    They are those of `average_iterates(weighting, start=start, every=every,
-    include_start=include_start)` after `step` updates. The average of `asgd(t0=...)`
-    is uniform with `start=t0 + 1`, for a whole t0. That of `nt_asgd` is uniform with
-    `start=step - since + 1`, with `since` from its state.
+    The weights are those of `average_iterates(weighting, start=start, every=every,
+    include_start=include_start)` after `step` updates. The average of `asgd(t0=...)` is
+    uniform with `start=t0 + 1`, for a whole t0. The average of `nt_asgd` is uniform
+    with `start=step - since + 1`, where `since` is from its state.
 
     Attributes:
       step: number of finished updates, a whole number less than 2**31.
@@ -83,15 +83,15 @@ def posthoc_coefficients(
     r"""Compute the coefficients that combine kept averages into another average.
 
     Averages of a run are linear in its iterates p(0), p(1), …, so averages kept in its
-    checkpoints determine others. With the profiles :math:`a_i` of those kept and
+    checkpoints determine others. With the profiles :math:`a_i` of the kept averages and
     :math:`b` of the target, the coefficients are
 
     .. math::
 
         c = \arg\min_{\sum_i c_i = 1} \Big\| \sum_i c_i a_i - b \Big\|_2,
 
-    the smallest ones if snapshots depend on each other. Uniform averages after s and t
-    updates give the mean of the iterates between exactly. Snapshots of
+    the smallest ones if snapshots are linearly dependent. Uniform averages after s and
+    t updates give the mean of the iterates in between exactly. Snapshots of
     `power_weighting` with two widths give any width in between approximately.
 
     Up to 10^6 steps the sum is over single iterates. In longer runs it is over blocks

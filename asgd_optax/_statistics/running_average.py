@@ -38,10 +38,10 @@ def running_average(
 ) -> Statistic:
     """Average any pytrees, such as metrics or model statistics.
 
-    It keeps the same average as `average_iterates`, but outside an optimizer.
+    It computes the same average as `average_iterates`, but outside an optimizer.
 
     Leaves that are not floating or complex (counters, booleans, PRNG keys) are not
-    averaged: they are those of the latest tree. You can therefore pass a whole
+    averaged. They are taken from the latest tree, so you can pass a whole
     `nnx.state(model)`, or all variables of a Linen module. Convert an integer metric to
     float to average it.
 

@@ -42,28 +42,29 @@ class RandomScalingState(NamedTuple):
 def running_random_scaling(*, start: ArrayLike = 0) -> Statistic:
     r"""Accumulate the statistics for confidence intervals of a mean (random scaling).
 
-    Of the averages :math:`\bar p_s` of the first s trees after `start` it keeps the
-    last, :math:`\bar p_n`, and the statistics for the diagonal of the random scaling
-    matrix (Lee, Liao, Seo & Shin 2022)
+    Let :math:`\bar p_s` be the average of the first s trees after `start`. The state
+    keeps the last average, :math:`\bar p_n`, and the statistics for the diagonal of the
+    random scaling matrix (Lee, Liao, Seo & Shin 2022)
 
     .. math::
 
         V_n = n^{-2} \sum_{s=1}^n s^2 (\bar p_s - \bar p_n)^2
 
-    in one pass: a weighted Welford recursion with compensated means and weights that
-    are divided by their sum, which stays accurate in float32 for millions of updates.
-    Read the intervals with `asgd_optax.confidence_interval`.
+    They are computed in one pass by a weighted Welford recursion, with compensated
+    means and weights that are divided by their sum. The recursion stays accurate in
+    float32 for millions of updates. Read the intervals with
+    `asgd_optax.confidence_interval`.
 
     Use `track_iterates(running_random_scaling(start=k))` for the parameters of an
     optimizer. The learning rate must then decay as t^-a with a in (1/2, 1), over one
     pass of independent observations. `averaged_params` finds the mean unless the
     optimizer keeps another average.
 
-    Use it on a stream of your own for functions of the parameters: a contrast or a
-    prediction (feed :math:`R p`; the intervals use the diagonal of
-    :math:`R V R^\top`, with V the full matrix for p), or parameters extrapolated from
-    two runs (feed :math:`2 p_c - p_{2c}`). The stream must average like the iterates of
-    SGD: the guide to confidence intervals says what that takes.
+    Use it on a stream of your own for functions of the parameters. For a contrast or a
+    prediction, feed :math:`R p`; the intervals use the diagonal of :math:`R V R^\top`,
+    with V the full matrix for p. For parameters extrapolated from two runs, feed
+    :math:`2 p_c - p_{2c}`. The stream must average like the iterates of SGD; the guide
+    to confidence intervals lists the conditions.
 
     Args:
       start: number of trees to skip before averaging: a whole number, or `inf` to skip
@@ -71,8 +72,8 @@ def running_random_scaling(*, start: ArrayLike = 0) -> Statistic:
 
     Returns:
       A `Statistic` of trees of real floating arrays. Its `value(state)` is the mean,
-      float32 for 16-bit floats; until the first averaged tree it is the latest tree, or
-      the one given to `init`. It may share buffers with the state, as the result of
+      float32 for 16-bit floats. Until the first averaged tree it is the latest tree, or
+      the tree given to `init`. It may share buffers with the state, as the result of
       `averaged_params` does.
 
     Raises:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Averaged stochastic gradient descent, with the numbers of `torch.optim.ASGD`."""
+"""Averaged stochastic gradient descent, equal to `torch.optim.ASGD`."""
 
 from typing import Any, NamedTuple
 
@@ -22,8 +22,8 @@ from asgd_optax._core.numerics import (
 class ASGDState(NamedTuple):
     """State of `asgd`. With constant hyperparameters it equals PyTorch's.
 
-    `eta` and `mu` are for reading only: the values that the next update uses unless the
-    hyperparameters change. The update computes its own from `step`.
+    `eta` and `mu` are for reading only. The next update uses these values unless the
+    hyperparameters change, but computes them again from `step`.
 
     Attributes:
       step: number of finished updates. Shape (), int32; stays at 2**31 - 1.
@@ -52,8 +52,8 @@ def asgd(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Averaged stochastic gradient descent (ASGD), as `torch.optim.ASGD`.
 
-    Polyak & Juditsky's averaging in Bottou's form. After :math:`t` updates, the next
-    one maps the parameters :math:`p` and the gradient :math:`g` to
+    This is Polyak & Juditsky's averaging in Bottou's form. After :math:`t` updates, the
+    next update maps the parameters :math:`p` and the gradient :math:`g` to
 
     .. math::
 
@@ -64,9 +64,9 @@ def asgd(
 
     With integer `t0`, after :math:`n > t_0 + 1` updates the average is the mean of
     :math:`p_{t_0+2}, \dots, p_n` (the off-by-one is PyTorch's). The averaged iterates
-    are those of `optax.apply_updates`, rounding included, so no later transformation of
-    the chain may change the updates. Read the average with
-    `asgd_optax.averaged_params`.
+    are those of `optax.apply_updates`, including rounding. If a later transformation
+    changes the updates, the average no longer matches your parameters. Read the average
+    with `asgd_optax.averaged_params`.
 
     Args:
       learning_rate: lr, the step size at :math:`t = 0`, or an optax schedule: a
@@ -78,13 +78,15 @@ def asgd(
       weight_decay: wd, L2 penalty added to the gradient.
       accumulator_dtype: precision of the average, such as "float32"; complex leaves
         take the corresponding complex type (at least complex64). By default the
-        parameter's own, float32 for 16-bit floats. (`optax.inject_hyperparams` takes a
-        type for a schedule, so pass a string there.)
-      compensated: whether to keep the average as a `CompensatedMean`, which stays exact
-        over millions of updates, at the cost of one more array of the parameters' size.
-        It acts in `init`; later updates follow the kind of their state.
+        dtype of the parameter, float32 for 16-bit floats. (With
+        `optax.inject_hyperparams` pass a string, because it mistakes a type for a
+        schedule.)
+      compensated: whether to keep the average as a `CompensatedMean`, which stays
+        accurate over millions of updates, at the cost of one more array of the
+        parameters' size. It acts in `init`; later updates follow the kind of their
+        state.
 
-    Every numeric hyperparameter is a scalar and may be traced: `jax.vmap` and
+    Every numeric hyperparameter is a scalar and may be traced, so `jax.vmap` and
     `jax.grad` work over all of them.
 
     Returns:

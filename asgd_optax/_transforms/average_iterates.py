@@ -18,8 +18,8 @@ class AverageIteratesState(NamedTuple):
 
     Attributes:
       step: number of finished updates. Shape (), int32; stays at 2**31 - 1.
-      averaged: number n of iterates in the average. It is counted, so it stays right
-        if `start` or `every` changes during the run. Shape (), int32; stays at
+      averaged: number n of iterates in the average. It is a counter, so it stays
+        correct if `start` or `every` changes during the run. Shape (), int32; stays at
         2**31 - 1.
       average: the average, with the shapes and dtypes of `ASGDState.ax`. With
         `compensated=True`, a `CompensatedMean` of two such trees.
@@ -46,9 +46,10 @@ def average_iterates(
     .. math:: \bar p \leftarrow \bar p + w(n)\,(p - \bar p)
 
     over the parameters p(start + every), p(start + 2 every), … that
-    `optax.apply_updates` produces, where n = 1, 2, … counts them. Until the first of
-    them the average equals the parameters after the latest update (before the first
-    update, those given to `init`). Read it with `asgd_optax.averaged_params`.
+    `optax.apply_updates` produces, where n = 1, 2, … counts them. Until the first
+    averaged iterate the average equals the parameters after the latest update (before
+    the first update, those given to `init`). Read the average with
+    `asgd_optax.averaged_params`.
 
     If a later transformation changes the updates, the average no longer matches your
     parameters.
@@ -60,13 +61,13 @@ def average_iterates(
         under x64).
       start: number of updates before averaging: a whole number, or `inf` for never; may
         be traced. It counts the updates of this state, so an average that is added
-        during a run counts from there.
+        during a run counts from that moment.
       every: average every `every`-th iterate: a whole number of at least 1; may be
         traced. The steps in between do not touch the average if the whole step is
         jitted and the state donated.
       include_start: whether the parameters after `start` updates (the initial ones if
         `start` is 0) are the first averaged iterate, n = 1. They initialise the average
-        whatever w(1) is, and the average then changes only at averaged iterates.
+        for any w(1), and the average then changes only at averaged iterates.
       accumulator_dtype: precision of the average, as for `asgd`.
       compensated: whether to keep the average as a `CompensatedMean`.
 

@@ -25,7 +25,7 @@ class NTASGDState(NamedTuple):
     Attributes:
       step: number of finished updates. Shape (), int32; stays at 2**31 - 1.
       triggered: whether averaging has started. Shape (), bool.
-      since: number of finished updates since the trigger, the triggering one included;
+      since: number of finished updates since the trigger, including the triggering one;
         0 before. Shape (), int32; stays at 2**31 - 1.
       recent: the last `nonmono` validation losses, the latest last, padded with
         infinity. Shape (nonmono,), JAX's default float dtype.
@@ -55,9 +55,9 @@ def nt_asgd(
     r"""Non-monotonically triggered ASGD (NT-ASGD; Merity, Keskar & Socher 2017).
 
     It runs SGD with weight decay until the validation loss stops improving, then a
-    fresh `asgd(t0=0)`, in one compiled program. After :math:`t` updates, :math:`k` of
-    them since the trigger (0 before it), the next one maps the parameters :math:`p` and
-    the gradient :math:`g` to
+    fresh `asgd(t0=0)`, in one compiled program. Let :math:`t` be the number of updates
+    and :math:`k` the number of updates since the trigger (0 before it). The next update
+    maps the parameters :math:`p` and the gradient :math:`g` to
 
     .. math::
 
@@ -65,18 +65,18 @@ def nt_asgd(
         p' &= (1 - \lambda\eta)\,p - \eta\,(g + \mathrm{wd}\,p)
 
     with :math:`\lambda = 0` before the trigger. Until :math:`k = 2` the average is
-    :math:`p'`; then it is the mean of the iterates without the first after the trigger,
+    :math:`p'`. Then it is the mean of the iterates since the trigger except the first,
     as with ``torch.optim.ASGD(t0=0)``.
 
-    Pass each measured validation loss to the next update as `validation_loss=v`. It
-    triggers averaging if v is above the lowest of all losses but the last `nonmono`.
-    This is the rule of the AWD-LSTM code, which differs from the text of the paper.
-    Averaging is triggered once; later losses change nothing.
+    Pass each measured validation loss to the next update as `validation_loss=v`.
+    Averaging starts if v is above the lowest of all earlier losses except the last
+    `nonmono`. This is the rule of the AWD-LSTM code, which differs from the text of the
+    paper. Averaging is triggered once; later losses change nothing.
 
     Args:
       learning_rate: lr, a number or an optax schedule: a function of :math:`t`, which
         counts all updates.
-      nonmono: number of latest losses that a new one is not compared with, a whole
+      nonmono: number of latest losses with which a new loss is not compared, a whole
         number of at least 1. It sets the size of the state, so it cannot be traced
         (name it in `static_args` of `optax.inject_hyperparams`). It acts in `init`;
         later updates follow their state.
@@ -96,10 +96,10 @@ def nt_asgd(
       dtypes, and the new state. `validation_loss` is a real scalar, compared in JAX's
       default float dtype; `None` and NaN mean that no loss was measured. (An array that
       is NaN in most steps avoids a second compilation.) It must be the same on all
-      devices. It counts only if the update does: inside `optax.MultiSteps` pass it with
-      every minibatch of an update, which uses it once; if `optax.apply_if_finite` drops
-      an update, its loss is dropped too. `optax.tree_utils.tree_get(state,
-      "triggered")` says whether averaging has started.
+      devices. Inside `optax.MultiSteps` pass it with every minibatch of an update; it
+      is used once. If `optax.apply_if_finite` drops an update, its loss is dropped too.
+      `optax.tree_utils.tree_get(state, "triggered")` returns whether averaging has
+      started.
 
     Raises:
       TypeError: As for `asgd`, or if `validation_loss` is not a real number.

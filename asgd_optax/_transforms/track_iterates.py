@@ -22,7 +22,7 @@ def track_iterates(statistic: Any) -> optax.GradientTransformationExtraArgs:
     r"""Track a statistic of the parameters of any optimizer.
 
     Put it last in a chain. It passes the updates through and feeds the statistic the
-    parameters that `optax.apply_updates` will produce, rounding included. If a later
+    parameters that `optax.apply_updates` will produce, including rounding. If a later
     transformation changes the updates, the statistic no longer matches your parameters.
 
     `optax.tree_utils.tree_get(opt_state, "statistic")` is the state of the statistic.
@@ -30,7 +30,7 @@ def track_iterates(statistic: Any) -> optax.GradientTransformationExtraArgs:
 
     Args:
       statistic: a `Statistic`, or any object with its functions `init(tree)` and
-        `update(state, tree)`, such as one of your own.
+        `update(state, tree)`.
 
     Returns:
       A transformation whose `init(params)` returns a `TrackIteratesState` and whose

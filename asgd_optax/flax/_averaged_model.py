@@ -17,10 +17,11 @@ _M = TypeVar("_M", bound=nnx.Module)
 def averaged_model(model: _M, optimizer: Any, *, wrt: Any = None) -> _M:
     """Return a copy of `model` with the averaged parameters.
 
-    All its arrays are copies, including BatchNorm's statistics and the state of `Rngs`,
-    so either model may be donated, changed or deleted without the other. An average in
-    host memory is copied to the device. Before averaging begins the parameters are
-    those after the latest update (at first, those with which the optimizer was made).
+    All its arrays are copies, including BatchNorm's statistics and the state of `Rngs`.
+    You can donate, change or delete either model without affecting the other. An
+    average in host memory is copied to the device. Before averaging begins, the
+    parameters are those after the latest update (at first, those with which the
+    optimizer was created).
 
     BatchNorm's running statistics do not fit the averaged parameters: recompute them
     with `update_batch_stats`.

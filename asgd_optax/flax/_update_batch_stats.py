@@ -48,9 +48,8 @@ def update_batch_stats(
 ) -> Mapping[str, Any] | None:
     r"""Recompute BatchNorm statistics over a data set, as torch's `update_bn` does.
 
-    Averaged parameters produce other activations than the parameters in training, so
-    the stored running statistics are wrong for them. Each BatchNorm gets the means over
-    `batches`,
+    The averaged parameters produce different activations, so the stored running
+    statistics are wrong for them. Each BatchNorm gets the means over `batches`,
 
     .. math::
 
@@ -61,17 +60,18 @@ def update_batch_stats(
     The momentum of the layer and its earlier statistics do not matter.
 
     `torch.optim.swa_utils.update_bn` differs in three ways. It weights all batches
-    equally. Its var_b is the unbiased one, n / (n - 1) times Flax's for n numbers per
-    channel. It runs the whole model in training mode, dropout included; here only
-    BatchNorm uses batch statistics, and all other layers keep their mode.
+    equally. Its var_b is the unbiased variance, n / (n - 1) times that of Flax for n
+    numbers per channel. It runs the whole model in training mode, including dropout.
+    Here only BatchNorm uses batch statistics, and all other layers keep their mode.
 
-    An NNX model is updated in place: the `BatchStat` variables of all its BatchNorms,
+    The `BatchStat` variables of all BatchNorms of an NNX model are updated in place,
     after the last batch. An error leaves the model unchanged. Modes, momenta, the
     counts of its `Rngs` and other variables never change.
 
     Args:
       model: an `nnx.Module` or a `linen.Module` with a BatchNorm in it.
-      batches: any iterable, iterated once. Not jitted: for speed jit `call`.
+      batches: any iterable, iterated once. The loop is not jitted; for speed, jit
+        `call`.
       variables: for Linen only: the variables of `model`, which are not changed. The
         "batch_stats" collection may be missing.
       call: `call(model, batch)` runs the model on a batch; its result is ignored. By

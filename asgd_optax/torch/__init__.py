@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Conversion of optimizer states from and to `torch.optim.ASGD`.
 
-With constant hyperparameters a run continues after a move as it would have without
-it, in either direction. Under a torch scheduler, torch applies each learning rate one
-step late. If the scheduler sets the learning rate `schedule(n)` after n steps, ::
+With constant hyperparameters, a run continues after a move as it would have without
+it, in either direction. With a scheduler, torch applies each learning rate one step
+late. If the scheduler sets the learning rate `schedule(n)` after n steps, ::
 
     asgd(**hyperparams | {"learning_rate": lambda n: schedule(jnp.maximum(n - 1, 0))})
 

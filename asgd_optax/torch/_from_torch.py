@@ -24,12 +24,12 @@ def hyperparams_from_torch(state_dict: Mapping[str, Any]) -> dict[str, float]:
     """Return the arguments of `asgd` for the state of a `torch.optim.ASGD`.
 
     Args:
-      state_dict: what `torch.optim.ASGD.state_dict()` returned, in torch 1.8 or later,
+      state_dict: the result of `torch.optim.ASGD.state_dict()` in torch 1.8 or later,
         possibly saved and loaded. Tensors may have been converted to NumPy arrays.
 
     Returns:
-      `learning_rate`, `lambd`, `alpha`, `t0` and `weight_decay` as floats. Under a
-      scheduler the learning rate is the one that torch applies at the step after
+      `learning_rate`, `lambd`, `alpha`, `t0` and `weight_decay` as floats. With a
+      scheduler, this learning rate is the one that torch applies at the step after
       next: see the docstring of `asgd_optax.torch`.
 
     Raises:
@@ -65,7 +65,7 @@ def state_from_torch(
 ) -> ASGDState:
     """Return the `ASGDState` with which `asgd` continues a run of `torch.optim.ASGD`.
 
-    The function that converts the model's weights also converts the averages. Step,
+    The same function `to_params` converts the model's weights and the averages. Step,
     averages, eta and mu carry over exactly, except that without `jax_enable_x64` JAX
     rounds float64 to float32. Special cases:
 
@@ -77,8 +77,8 @@ def state_from_torch(
     - `foreach`, `capturable` and `differentiable` do not affect the state.
 
     A parameter that never had a gradient has no average in torch. Torch does not
-    change it, and counts its steps from its first gradient. Pass its `weights` to
-    include it: `asgd` then decays it and counts its steps with all the others. To
+    change it, and counts its steps from its first gradient. To include it, pass
+    `weights`: `asgd` then decays it and counts its steps with those of the others. To
     continue exactly as torch would, leave it out with `optax.set_to_zero`, under
     `optax.partition` (see docs/how_to/move_a_torch_job.md, "Parameter groups").
 

@@ -40,8 +40,8 @@ def state_to_torch(
     `CompensatedMean` only the value carries over. The next step in torch uses
     `state.eta` and `state.mu`, whatever the learning rate.
 
-    Groups under `optax.partition` are converted one by one, and you join the results:
-    each call returns one group, whose ids start at 0.
+    Convert groups under `optax.partition` one by one, and join the results: each call
+    returns one group, whose ids start at 0.
 
     Args:
       state: the `ASGDState` itself, such as the last element of a chain's state.
@@ -59,15 +59,15 @@ def state_to_torch(
 
     Returns:
       A state dict with one group of all the parameters, and "step", "eta", "mu" and
-      "ax" of each. All are tensors that share no memory with `state`. The first three
-      are float64 if that is torch's default dtype, else float32; a step of 2**24 or
-      more is always float64, because torch's float32 counter stops there.
+      "ax" of each parameter. All are tensors that share no memory with `state`. The
+      first three are float64 if that is torch's default dtype, else float32. A step of
+      2**24 or more is always float64, because torch's float32 counter stops there.
 
     Raises:
       ImportError: If PyTorch is not installed.
       TypeError: If `state` is not an `ASGDState` or is traced, or if a hyperparameter
         is not a number.
-      ValueError: If `state` is of several runs, as under `jax.vmap`; if a
+      ValueError: If `state` holds several runs, as under `jax.vmap`; if a
         hyperparameter is negative or NaN, or infinite (except `t0`); if a name is
         repeated; if `from_params` does not return exactly `names`; if an average is
         not finite.
