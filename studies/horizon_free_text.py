@@ -35,6 +35,7 @@ from asgd_optax import (
     AverageProfile,
     average_iterates,
     combine_averages,
+    gamma_from_width,
     polynomial_weighting,
     posthoc_coefficients,
 )
@@ -53,7 +54,14 @@ UNIFORM = 0, 2
 ALPHAS = 100, 400  # steps
 START = 3e-3  # the first peak learning rate that is tried
 TUNING = 0  # the seed that chooses the peaks; the results have the seeds after it
-WINDOWS = 0.05, 0.1, 0.15, 0.2, 0.3, 0.5  # lengths of the means, as fractions of the run
+WINDOWS = (
+    0.05,
+    0.1,
+    0.15,
+    0.2,
+    0.3,
+    0.5,
+)  # lengths of the means, as fractions of the run
 
 
 class Sizes(NamedTuple):
@@ -141,6 +149,7 @@ class Trainer:
         self.seed = seed
         self.longest = max(sizes.horizons)
         self.folder = folder
+        self.found: dict[Rate, Losses] = {}
         self.score = after_the_run.scorer(validation, test)
         self.initial = nnx.state(create(lambda _: 0.0, seed))
 
@@ -149,8 +158,8 @@ class Trainer:
             graphdef = nnx.graphdef(create(lambda n: rates[n], seed))
 
             def step(state: Any, batch: jax.Array) -> tuple[Any, None]:
-                trained = nnx.merge(graphdef, state)
-                lesson.train_step(*trained, batch)
+                model, optimizer = trained = nnx.merge(graphdef, state)
+                lesson.train_step(model, optimizer, batch)
                 return nnx.state(trained), None
 
             return jax.lax.scan(step, state, batches)[0]
@@ -199,9 +208,9 @@ class Trainer:
         path = self.folder / f"seed_{self.seed}" / f"{name}.json"
         wanted = {*readings, *([STABLE] if cooldowns else [])}
         if path.exists():
-            found: Losses = json.loads(path.read_text())
-            if wanted <= found.keys():
-                return found
+            self.found[rate] = json.loads(path.read_text())
+            if wanted <= self.found[rate].keys():
+                return self.found[rate]
         losses: Losses = {reading: {} for reading in [*wanted, "window"]}
         uniform: dict[int, Any] = {}
         length = after_the_run.COOLDOWN
@@ -229,6 +238,7 @@ class Trainer:
         self.train(rate, max([*ends, *branches]), visit=visit)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(losses))
+        self.found[rate] = losses
         return losses
 
     def best_window(self, uniform: Mapping[int, Any], end: int) -> int:
@@ -283,7 +293,9 @@ def tune(trainer: Trainer, row: Row, horizon: int) -> Rate:
         return found[reading][str(horizon)]
 
     def best(rate: Rate) -> Rate:
-        return rate._replace(peak=climb(lambda x: measure(rate._replace(peak=x)), rate.peak))
+        return rate._replace(
+            peak=climb(lambda x: measure(rate._replace(peak=x)), rate.peak)
+        )
 
     if row.kind == COSINE:
         return best(Rate(COSINE, 2 * START, 0, horizon))
@@ -296,29 +308,229 @@ def tune(trainer: Trainer, row: Row, horizon: int) -> Rate:
     return min(rates, key=measure)
 
 
-def results(
+class Result(NamedTuple):
+    """Test losses of a seed by row and horizon, and the lengths of its best means."""
+
+    rows: dict[Row, dict[int, float]]
+    windows: dict[str, dict[int, float]]
+
+
+def measure_seed(
     trainer: Trainer, tuned: Mapping[Row, Rate], horizons: Sequence[int]
-) -> tuple[dict[Row, dict[int, float]], dict[int, float]]:
-    """Return a seed's test losses by row and horizon, and its best windows."""
-    rows: dict[Row, dict[int, float]] = {row: {} for row in tuned}
-    windows: dict[int, float] = {}
+) -> Result:
+    """Train a seed at the chosen learning rates."""
+    result = Result({}, {})
     for rate in dict.fromkeys(tuned.values()):
-        here = [row for row in tuned if tuned[row] == rate]
+        rows = [row for row in tuned if tuned[row] == rate]
         if rate.kind == COSINE:
-            for n in horizons:
-                found = trainer.losses(rate._replace(horizon=n), (n,), (LAST,))
-                rows[here[0]][n] = found[LAST][str(n)]
+            result.rows[rows[0]] = {
+                n: trainer.losses(rate._replace(horizon=n), (n,), (LAST,))[LAST][str(n)]
+                for n in horizons
+            }
             continue
-        readings = [row.reading for row in here if row.kind != STABLE]
-        cooldowns = horizons if Row(STABLE, LAST) in here else ()
+        readings = [row.reading for row in rows if row.kind != STABLE]
         ends = horizons if readings else ()
+        cooldowns = horizons if Row(STABLE, LAST) in rows else ()
         found = trainer.losses(rate, ends, readings, cooldowns)
-        for row in here:
+        for row in rows:
             losses = found[STABLE if row.kind == STABLE else row.reading]
-            rows[row] = {n: losses[str(n)] for n in horizons}
-        if Row(CONSTANT, BEST) in here:
-            windows = {n: found["window"][str(n)] for n in horizons}
-    return rows, windows
+            result.rows[row] = {n: losses[str(n)] for n in horizons}
+        if BEST in readings:
+            result.windows[rate.kind] = {n: found["window"][str(n)] for n in horizons}
+    return result
+
+
+PAGE = """\
+# A language model without a horizon
+
+The transformer and the text of [one averaged run compared with \
+schedules](after_the_run.md): {parameters} parameters, AdamW (b2 0.95, weight decay \
+0.1), clipped gradients, batches of {batch} pieces of {context} bytes, a warm-up of \
+{warmup} steps. Test losses in nats per byte, mean ± standard deviation over {seeds} \
+of the seeds 1, 2, …; all runs of a seed begin with the same weights and see the same \
+batches.
+
+**Without a horizon.** One run serves all horizons. The learning rate is constant, or \
+peak · sqrt(alpha / (t + alpha)), t steps after the warm-up. The run is read as its \
+last iterate, as `polynomial_weighting(3)`, and as power-function averages of relative \
+width 0.10 and 0.05 (gamma {wide:.1f} and {narrow:.1f}). *Best mean*: the mean of the \
+last {windows} % of the steps; the validation text chooses the length at each horizon.
+
+**With a horizon.** The cosine trains once for each horizon. Warmup-stable-decay falls \
+linearly over the last {percent:g} %; it resumes from a constant run of the same peak.
+
+**Tuning.** Each row has its own peak, in steps of a factor of 2, chosen with seed \
+{tuning} by the validation loss after {tuned} steps. It is used at all horizons. Both \
+neighbours of each chosen peak are worse. Alpha is {alphas}.
+
+## Test loss
+
+{losses}
+
+Difference from the better schedule of the same horizon (mean ± standard deviation of \
+the differences of each seed; below zero: better than both schedules):
+
+{differences}
+
+![Test losses by horizon, and the differences](horizon_free_text.png)
+
+Lengths of the best means in steps, by seed:
+
+{lengths}
+
+Steps per seed: {once:,} for a run without a horizon, {cosine:,} for the cosine at \
+all horizons, {stable:,} for warmup-stable-decay.
+
+## Validation loss of the tuning runs
+
+{tuning_table}
+"""
+
+
+def format_page(
+    trainer: Trainer, tuned: Mapping[Row, Rate], results: Sequence[Result], sizes: Sizes
+) -> str:
+    horizons = sizes.horizons
+    header = ["learning rate", "read as", "peak", "alpha"]
+    columns = [*header, *(f"{n:,} steps" for n in horizons)]
+    losses, differences = [], []
+    for row in ROWS:
+        rate = tuned[row]
+        cells = [*row, f"{rate.peak:g}", str(rate.alpha or "")]
+        of_row, over = losses_of(results, row, horizons), excess(results, row, horizons)
+        losses.append(
+            cells + [report.spread(of_row[:, n], 3) for n in range(len(horizons))]
+        )
+        differences.append(
+            cells[:2]
+            + [
+                f"{'+' if over[:, n].mean() >= 0 else ''}{report.spread(over[:, n], 3)}"
+                for n in range(len(horizons))
+            ]
+        )
+    lengths = [
+        [
+            kind,
+            *(
+                " / ".join(str(result.windows[kind][n]) for result in results)
+                for n in horizons
+            ),
+        ]
+        for kind in (CONSTANT, ROOT)
+    ]
+    tuning = [
+        [
+            rate.kind,
+            f"{rate.peak:g}",
+            str(rate.alpha or ""),
+            *(
+                f"{found[reading][str(sizes.tuned)]:.3f}" if reading in found else ""
+                for reading in (*READINGS, STABLE)
+            ),
+        ]
+        for rate, found in sorted(trainer.found.items(), key=by_kind)
+    ]
+    last = [round(after_the_run.COOLDOWN * n) for n in horizons]
+    parameters = jax.tree.leaves(trainer.initial[0])
+    return PAGE.format(
+        parameters=f"{sum(leaf.size for leaf in parameters):,}",
+        batch=lesson.BATCH_SIZE,
+        context=lesson.CONTEXT,
+        warmup=lesson.WARMUP,
+        seeds=len(results),
+        wide=gamma_from_width(0.1),
+        narrow=gamma_from_width(0.05),
+        windows=", ".join(f"{100 * share:g}" for share in WINDOWS),
+        percent=100 * after_the_run.COOLDOWN,
+        tuning=TUNING,
+        tuned=sizes.tuned,
+        alphas=" or ".join(map(str, ALPHAS)),
+        losses=report.table(columns, losses),
+        differences=report.table(columns[:2] + columns[4:], differences),
+        lengths=report.table(["learning rate", *columns[4:]], lengths),
+        once=max(horizons),
+        cosine=sum(horizons),
+        stable=max(horizons) - last[-1] + sum(last),
+        tuning_table=report.table(
+            ["learning rate", "peak", "alpha", *READINGS, "decay over the end"], tuning
+        ),
+    )
+
+
+def by_kind(item: tuple[Rate, Losses]) -> tuple[int, int, float]:
+    rate, _ = item
+    return [CONSTANT, ROOT, COSINE].index(rate.kind), rate.alpha, rate.peak
+
+
+def losses_of(
+    results: Sequence[Result], row: Row, horizons: Sequence[int]
+) -> np.ndarray:
+    """Return the test losses of a row, by seed and horizon."""
+    return np.array([[result.rows[row][n] for n in horizons] for result in results])
+
+
+def excess(results: Sequence[Result], row: Row, horizons: Sequence[int]) -> np.ndarray:
+    """Return the losses of a row less those of the schedule with the lower mean."""
+    schedules = np.array([losses_of(results, row, horizons) for row in ROWS[-2:]])
+    best = schedules.mean(1).argmin(0)
+    return (
+        losses_of(results, row, horizons) - schedules[best, :, range(len(horizons))].T
+    )
+
+
+COLORS = {LAST: "C0", POLYNOMIAL: "C1", WIDE: "C1", NARROW: "C1", BEST: "C4"}
+STYLES = {WIDE: "--", NARROW: ":"}
+
+
+def draw(results: Sequence[Result], sizes: Sizes, output: Path) -> None:
+    """Draw the losses, and their differences from the better schedule."""
+    plt.style.use(report.STYLE)
+    figure, axes = plt.subplots(2, 2, figsize=(8, 6.4), sharex=True, sharey="col")
+    steps = sizes.horizons
+    for (left, right), kind in zip(axes, (CONSTANT, ROOT), strict=True):
+        ends = []
+        for row in ROWS:
+            if row.kind in (COSINE, STABLE):
+                color, style, name = "C2" if row.kind == COSINE else "C5", "s", row.kind
+            elif row.kind == kind:
+                color, name = COLORS[row.reading], row.reading
+                style = ".-" if row.reading not in STYLES else "." + STYLES[row.reading]
+            else:
+                continue
+            over = excess(results, row, steps).mean(0)
+            left.plot(steps, losses_of(results, row, steps).mean(0), style, color=color)
+            right.plot(steps, over, style, color=color)
+            ends.append((over[-1], name, color))
+        left.set(title=f"learning rate: {kind}", xscale="log", yscale="log")
+        left.set(ylabel="test loss (nats per byte)")
+        left.yaxis.set_major_formatter("{x:g}")
+        left.yaxis.set_minor_formatter("{x:g}")
+        right.set(title="above the better schedule")
+        left.set_xticks(steps, [f"{n:,}" for n in steps])
+        left.set_xticks([], minor=True)
+        label(right, ends)
+    for axis in axes[-1]:
+        axis.set_xlabel("steps")
+    figure.savefig(output)
+    plt.close(figure)
+
+
+def label(axes: Any, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Label curves at their last points, at least 8 % of the axis apart."""
+    axes.figure.canvas.draw()
+    to_axes = axes.transData + axes.transAxes.inverted()
+    ends = sorted(ends)
+    heights = [to_axes.transform((1, y))[1] for y, _, _ in ends]
+    for n in range(1, len(heights)):
+        heights[n] = max(heights[n], heights[n - 1] + 0.08)
+    highest = 1.0
+    for n in reversed(range(len(heights))):
+        heights[n] = min(heights[n], highest)
+        highest = heights[n] - 0.08
+    for (_, name, color), height in zip(ends, heights, strict=True):
+        axes.text(
+            1.02, height, name, color=color, va="center", transform=axes.transAxes
+        )
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -354,12 +566,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             setattr(lesson, name, value)
     texts = lesson.load(options.text)
     trainer = Trainer(texts, TUNING, sizes, runs)
-    tuned = {}
-    for row in sorted(ROWS, key=lambda row: row.kind == ROOT):
-        tuned[row] = tune(trainer, row, sizes.tuned)
-        print(row, tuned[row], flush=True)
-    for seed in range(1, options.seeds + 1):
-        print(results(Trainer(texts, TUNING + seed, sizes, runs), tuned, sizes.horizons))
+    tuned = {row: tune(trainer, row, sizes.tuned) for row in ROWS}
+    results: list[Result] = []
+    for seed in range(TUNING + 1, TUNING + 1 + options.seeds):
+        here = Trainer(texts, seed, sizes, runs)
+        results.append(measure_seed(here, tuned, sizes.horizons))
+        # A study that is interrupted leaves the report of the finished seeds.
+        page = format_page(trainer, tuned, results, sizes)
+        report.write("studies.horizon_free_text", page, options.output)
+        draw(results, sizes, options.output / "horizon_free_text.png")
 
 
 if __name__ == "__main__":

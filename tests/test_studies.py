@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from examples import after_the_run as lesson
 from studies import (
@@ -21,6 +22,7 @@ from studies import (
     coverage,
     digits,
     horizon_free,
+    horizon_free_text,
     language_model,
     online_inference,
     online_regression,
@@ -154,6 +156,105 @@ def test_horizon_free_reports_and_uses_its_cache(tmp_path, monkeypatch, capsys):
     second = horizon_free.main(argv)
     for one, other in zip(first[DESIGN], second[DESIGN], strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_horizon_free_text_learning_rates():
+    constant, root, cosine = (
+        horizon_free_text.Rate(kind, 0.01, alpha=100, horizon=250)
+        for kind in (
+            horizon_free_text.CONSTANT,
+            horizon_free_text.ROOT,
+            horizon_free_text.COSINE,
+        )
+    )
+    top = lesson.WARMUP
+    for rate in constant, root, cosine:
+        assert rate(0) == 0
+        assert rate(top // 2) == pytest.approx(0.005)
+        assert rate(top) == pytest.approx(0.01)
+    assert constant(10_000) == pytest.approx(0.01)
+    assert root(top + 300) == pytest.approx(0.005)
+    assert cosine(top + (250 - top) // 2) == pytest.approx(0.005)
+    assert cosine(250) == pytest.approx(0, abs=1e-9)
+    cooldown = constant.cooldown(250)
+    assert [cooldown(n) for n in range(201)] == [constant(n) for n in range(201)]
+    assert cooldown(225) == pytest.approx(0.005)
+    assert cooldown(250) == 0
+
+
+def test_horizon_free_text_climbs_to_the_minimum():
+    tried = []
+
+    def measure(peak):
+        tried.append(peak)
+        return abs(peak - 5) if peak < 10 else np.nan
+
+    assert [horizon_free_text.climb(measure, start) for start in (1, 4, 8)] == [4] * 3
+    assert {2, 8} < set(tried)
+
+
+def test_horizon_free_text_means_of_the_last_steps():
+    iterates = np.random.default_rng(0).normal(size=(75, 3))
+    uniform = {n: iterates[:n].mean(0) for n in (25, 50, 75)}
+    for start, end in (25, 75), (0, 50):
+        np.testing.assert_allclose(
+            horizon_free_text.mean(uniform, start, end), iterates[start:end].mean(0)
+        )
+
+
+def test_horizon_free_text_trains_reports_and_resumes(monkeypatch, tmp_path):
+    tiny = {"LAYERS": 1, "WIDTH": 8, "HEADS": 2, "CONTEXT": 8, "BATCH_SIZE": 2}
+    for name, value in (tiny | {"EVERY": 3, "WARMUP": 2}).items():
+        monkeypatch.setattr(lesson, name, value)
+    monkeypatch.setattr(after_the_run, "TINY", {})
+    sizes = horizon_free_text.Sizes((15, 30), 15)
+    monkeypatch.setattr(horizon_free_text, "QUICK", sizes)
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for n in range(10):
+        (texts / f"{n}.py").write_text(f"{n}, " * 20 + "abc" * n)
+    argv = ["--quick", "--seeds=2", f"--text={texts}", f"--runs={tmp_path / 'runs'}"]
+    horizon_free_text.main([*argv, f"--output={tmp_path}"])
+    page = (tmp_path / "horizon_free_text.md").read_text()
+    rows = [line.split("|")[1:-1] for line in page.splitlines() if "±" in line]
+    rows = [[cell.strip() for cell in row] for row in rows if len(row) == 6]
+    assert [tuple(row[:2]) for row in rows] == horizon_free_text.ROWS
+    assert all(2 < float(row[-1].split()[0]) < 9 for row in rows)  # log(256) is 5.5
+    picture = (tmp_path / "horizon_free_text.png").read_bytes()
+    assert picture.startswith(PNG_SIGNATURE)
+
+    # The readings of a run are those of the same run in a Python loop.
+    training, validation, test = lesson.load(texts)
+    rate = horizon_free_text.Rate(horizon_free_text.CONSTANT, 0.003)
+    trainer = horizon_free_text.Trainer(
+        (training, validation, test), 7, sizes, tmp_path / "others"
+    )
+    found = trainer.losses(rate, (15,), horizon_free_text.READINGS, (30,))
+    model, optimizer = horizon_free_text.create(rate, 7)
+    iterates = []
+    for n in range(1, 25):
+        lesson.train_step(model, optimizer, lesson.draw_batch(training, (7, n)))
+        iterates.append(jax.device_get(nnx.state(model)))
+    score = after_the_run.scorer(validation, test)
+    assert found["last iterate"]["15"] == pytest.approx(score(iterates[14]), rel=1e-5)
+    length = found["window"]["15"]
+    mean = jax.tree.map(lambda *x: np.mean(x, 0), *iterates[15 - length : 15])
+    assert found[horizon_free_text.BEST]["15"] == pytest.approx(score(mean), rel=1e-5)
+    weights = np.cumprod([1, *((n + 3) / n for n in range(1, 15))])  # gamma 3
+    weights /= weights.sum()
+    average = jax.tree.map(lambda *x: np.tensordot(weights, x, 1), *iterates[:15])
+    loss = found[horizon_free_text.POLYNOMIAL]["15"]
+    assert loss == pytest.approx(score(average), rel=1e-5)
+    state = nnx.state((model, optimizer))
+    final = trainer.train(rate.cooldown(30), 30, 24, state)
+    loss = found[horizon_free_text.STABLE]["30"]
+    assert loss == pytest.approx(score(final[0]), rel=1e-5)
+
+    # Finished runs are not repeated.
+    monkeypatch.setattr(horizon_free_text.Trainer, "train", None)
+    (tmp_path / "horizon_free_text.md").unlink()
+    horizon_free_text.main([*argv, f"--output={tmp_path}"])
+    assert (tmp_path / "horizon_free_text.md").read_text() == page
 
 
 @pytest.mark.parametrize(
@@ -534,6 +635,7 @@ def test_ten_million_table_shows_what_was_measured():
         (coverage, "--observations=1500"),
         (digits, "--noise=nan"),
         (horizon_free, "--speed=1"),
+        (horizon_free_text, "--seeds=0"),
         (language_model, "--epochs=1.5"),
         (online_inference, "--observations=1001"),
         (posthoc, "--speed=1"),
