@@ -280,6 +280,17 @@ def climb(measure: Callable[[float], float], start: float) -> float:
     return start
 
 
+def refine(measure: Callable[[float], float], best: float) -> float:
+    """Return the minimum of a parabola through three points, to a factor of sqrt(2).
+
+    The points are `best` and its neighbours on the grid of powers of 2.
+    """
+    low, middle, high = (measure(best * factor) for factor in (0.5, 1, 2))
+    vertex = (low - high) / (2 * (low - 2 * middle + high))
+    halves = round(2 * vertex) if math.isfinite(vertex) else 0
+    return float(f"{best * 2 ** (halves / 2):.3g}")
+
+
 def tune(trainer: Trainer, row: Row, horizon: int) -> Rate:
     """Choose the learning rate of a row by its loss on the validation text."""
 
@@ -293,19 +304,21 @@ def tune(trainer: Trainer, row: Row, horizon: int) -> Rate:
         return found[reading][str(horizon)]
 
     def best(rate: Rate) -> Rate:
-        return rate._replace(
-            peak=climb(lambda x: measure(rate._replace(peak=x)), rate.peak)
-        )
+        peak = climb(lambda x: measure(rate._replace(peak=x)), rate.peak)
+        return rate._replace(peak=peak)
 
     if row.kind == COSINE:
-        return best(Rate(COSINE, 2 * START, 0, horizon))
-    if row.kind != ROOT:
-        return best(Rate(CONSTANT, START))
-    rates: list[Rate] = []
-    for alpha in sorted(ALPHAS, reverse=True):
-        start = rates[-1].peak if rates else START
-        rates.append(best(Rate(ROOT, start, alpha)))
-    return min(rates, key=measure)
+        chosen = best(Rate(COSINE, 2 * START, 0, horizon))
+    elif row.kind == ROOT:
+        start, rates = START, []
+        for alpha in sorted(ALPHAS, reverse=True):
+            rates.append(best(Rate(ROOT, start, alpha)))
+            start = rates[-1].peak
+        chosen = min(rates, key=measure)
+    else:
+        chosen = best(Rate(CONSTANT, START))
+    peak = refine(lambda x: measure(chosen._replace(peak=x)), chosen.peak)
+    return chosen._replace(peak=peak)
 
 
 class Result(NamedTuple):
@@ -347,7 +360,7 @@ The transformer and the text of [one averaged run compared with \
 schedules](after_the_run.md): {parameters} parameters, AdamW (b2 0.95, weight decay \
 0.1), clipped gradients, batches of {batch} pieces of {context} bytes, a warm-up of \
 {warmup} steps. Test losses in nats per byte, mean ± standard deviation over {seeds} \
-of the seeds 1, 2, …; all runs of a seed begin with the same weights and see the same \
+seeds; all runs of a seed begin with the same weights and see the same \
 batches.
 
 **Without a horizon.** One run serves all horizons. The learning rate is constant, or \
@@ -359,9 +372,10 @@ last {windows} % of the steps; the validation text chooses the length at each ho
 **With a horizon.** The cosine trains once for each horizon. Warmup-stable-decay falls \
 linearly over the last {percent:g} %; it resumes from a constant run of the same peak.
 
-**Tuning.** Each row has its own peak, in steps of a factor of 2, chosen with seed \
-{tuning} by the validation loss after {tuned} steps. It is used at all horizons. Both \
-neighbours of each chosen peak are worse. Alpha is {alphas}.
+**Tuning.** Each row has its own peak, chosen with seed {tuning} by the validation \
+loss after {tuned} steps and used at all horizons. The tuning runs form a grid with a \
+factor of 2, extended until both neighbours of the best peak are worse. A parabola \
+through these three losses gives the peak to a factor of sqrt(2). Alpha is {alphas}.
 
 ## Test loss
 

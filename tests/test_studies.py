@@ -193,6 +193,16 @@ def test_horizon_free_text_climbs_to_the_minimum():
     assert {2, 8} < set(tried)
 
 
+@pytest.mark.parametrize(
+    ("vertex", "chosen"), [(0.1, 4), (0.3, 5.66), (-0.4, 2.83), (np.nan, 4)]
+)
+def test_horizon_free_text_refines_the_minimum(vertex, chosen):
+    def measure(peak):
+        return 3 * (np.log2(peak / 4) - vertex) ** 2 + 1
+
+    assert horizon_free_text.refine(measure, 4) == chosen
+
+
 def test_horizon_free_text_means_of_the_last_steps():
     iterates = np.random.default_rng(0).normal(size=(75, 3))
     uniform = {n: iterates[:n].mean(0) for n in (25, 50, 75)}
