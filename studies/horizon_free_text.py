@@ -359,9 +359,8 @@ PAGE = """\
 The transformer and the text of [one averaged run compared with \
 schedules](after_the_run.md): {parameters} parameters, AdamW (b2 0.95, weight decay \
 0.1), clipped gradients, batches of {batch} pieces of {context} bytes, a warm-up of \
-{warmup} steps. Test losses in nats per byte, mean ± standard deviation over {seeds} \
-seeds; all runs of a seed begin with the same weights and see the same \
-batches.
+{warmup} steps. Test losses in nats per byte, {seeds}. All runs of a seed begin with \
+the same weights and see the same batches.
 
 **Without a horizon.** One run serves all horizons. The learning rate is constant, or \
 peak · sqrt(alpha / (t + alpha)), t steps after the warm-up. The run is read as its \
@@ -381,8 +380,8 @@ through these three losses gives the peak to a factor of sqrt(2). Alpha is {alph
 
 {losses}
 
-Difference from the better schedule of the same horizon (mean ± standard deviation of \
-the differences of each seed; below zero: better than both schedules):
+Differences of each seed from the better schedule of the same horizon, {seeds}. Below \
+zero, the run is better than both schedules:
 
 {differences}
 
@@ -411,17 +410,10 @@ def format_page(
     for row in ROWS:
         rate = tuned[row]
         cells = [*row, f"{rate.peak:g}", str(rate.alpha or "")]
-        of_row, over = losses_of(results, row, horizons), excess(results, row, horizons)
-        losses.append(
-            cells + [report.spread(of_row[:, n], 3) for n in range(len(horizons))]
-        )
-        differences.append(
-            cells[:2]
-            + [
-                f"{'+' if over[:, n].mean() >= 0 else ''}{report.spread(over[:, n], 3)}"
-                for n in range(len(horizons))
-            ]
-        )
+        columns_of = losses_of(results, row, horizons).T
+        losses.append(cells + [spread(column) for column in columns_of])
+        above = excess(results, row, horizons).T
+        differences.append(cells[:2] + [spread(column, "+") for column in above])
     lengths = [
         [
             kind,
@@ -451,7 +443,9 @@ def format_page(
         batch=lesson.BATCH_SIZE,
         context=lesson.CONTEXT,
         warmup=lesson.WARMUP,
-        seeds=len(results),
+        seeds=f"mean ± standard deviation over {len(results)} seeds"
+        if len(results) > 1
+        else "one seed",
         wide=gamma_from_width(0.1),
         narrow=gamma_from_width(0.05),
         windows=", ".join(f"{100 * share:g}" for share in WINDOWS),
@@ -469,6 +463,12 @@ def format_page(
             ["learning rate", "peak", "alpha", *READINGS, "decay over the end"], tuning
         ),
     )
+
+
+def spread(values: np.ndarray, sign: str = "") -> str:
+    """Format the mean ± the standard deviation, which one seed does not have."""
+    deviation = f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{values.mean():{sign}.3f}{deviation}" if values.any() else "0"
 
 
 def by_kind(item: tuple[Rate, Losses]) -> tuple[int, int, float]:
@@ -519,7 +519,7 @@ def draw(results: Sequence[Result], sizes: Sizes, output: Path) -> None:
         left.set(ylabel="test loss (nats per byte)")
         left.yaxis.set_major_formatter("{x:g}")
         left.yaxis.set_minor_formatter("{x:g}")
-        right.set(title="above the better schedule")
+        right.set(title="above the better schedule", ylabel="difference")
         left.set_xticks(steps, [f"{n:,}" for n in steps])
         left.set_xticks([], minor=True)
         label(right, ends)
