@@ -104,7 +104,7 @@ def draw(results: Results, output: Path) -> None:
         right.plot(x, results.curves[name], color=color, label=name)
     left.set(xlabel="step", ylabel="test loss", yscale="log")
     left.set_title("Test loss during training")
-    right.set(xlabel="x", title="Fitted curves at the end")
+    right.set(xlabel="x", ylabel="y", title="Fitted curves at the end")
     for axes in (left, right):
         axes.legend()
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -420,9 +420,9 @@ def slopes(horizons: np.ndarray, risks: np.ndarray) -> np.ndarray:
 
 
 def mean_and_error(values: np.ndarray, form: str) -> str:
-    """Format the mean ± its standard error over the seeds."""
+    """Format the mean ± its standard error over the seeds, without line breaks."""
     error = values.std(ddof=1) / np.sqrt(len(values))
-    return f"{values.mean():{form}} ± {error:{form}}"
+    return f"{values.mean():{form}}\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{error:{form}}"
 
 
 def envelope(result: Result) -> np.ndarray:
