@@ -467,8 +467,13 @@ def format_page(
 
 def spread(values: np.ndarray, sign: str = "") -> str:
     """Format the mean ± the standard deviation, which one seed does not have."""
-    deviation = f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else ""
-    return f"{values.mean():{sign}.3f}{deviation}" if values.any() else "0"
+    if not values.any():
+        return "0"
+    mean = f"{values.mean():{sign}.3f}"
+    if len(values) == 1:
+        return mean
+    # Without line breaks.
+    return f"{mean}\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{values.std(ddof=1):.3f}"
 
 
 def by_kind(item: tuple[Rate, Losses]) -> tuple[int, int, float]:
