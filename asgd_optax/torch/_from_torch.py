@@ -29,8 +29,8 @@ def hyperparams_from_torch(state_dict: Mapping[str, Any]) -> dict[str, float]:
 
     Returns:
       `learning_rate`, `lambd`, `alpha`, `t0` and `weight_decay` as floats. With a
-      scheduler, this learning rate is the one that torch applies at the step after
-      next: see the docstring of `asgd_optax.torch`.
+      scheduler, torch applies this learning rate at the step after next: see the
+      docstring of `asgd_optax.torch`.
 
     Raises:
       ValueError: If `state_dict` is not the state of a `torch.optim.ASGD`, if groups
