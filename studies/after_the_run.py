@@ -363,13 +363,23 @@ def draw(
     plt.close(figure)
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = command_line.report_parser("One averaged run compared with schedules.")
+def parser_of(
+    name: str, description: str, seeds: str, kept: str
+) -> command_line.Parser:
+    """Return a parser of the options of a study of the example's transformer.
+
+    Args:
+      name: module of the study.
+      description: its description.
+      seeds: meaning of `--seeds`.
+      kept: what the folder of the runs is for.
+    """
+    parser = command_line.report_parser(description)
     parser.add_argument(
         "--seeds",
         type=command_line.whole_number(1, 100),
         default=3,
-        help="trainings of each kind (default: %(default)s)",
+        help=f"{seeds} (default: %(default)s)",
     )
     parser.add_argument(
         "--text",
@@ -378,28 +388,39 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="folder of Python files to read (default: the standard library)",
     )
     parser.add_argument(
+        "--runs",
+        type=Path,
+        default=Path("out") / name,
+        help=f"folder for {kept} (default: %(default)s)",
+    )
+    return parser
+
+
+def runs_of(options: argparse.Namespace) -> Path:
+    """Return the folder of the runs. With `--quick`, make the transformer tiny."""
+    if not options.quick:
+        return options.runs
+    for name, value in TINY.items():
+        setattr(lesson, name, value)
+    return options.runs / "quick"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train what is missing, measure, and write the table and the picture."""
+    parser = parser_of(
+        "after_the_run",
+        "One averaged run compared with schedules.",
+        "trainings of each kind",
+        "the checkpoints, 1 GB per seed",
+    )
+    parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
         default="float32",
         help="dtype of the network's computation (default: %(default)s)",
     )
-    parser.add_argument(
-        "--runs",
-        type=Path,
-        default=Path("out/after_the_run"),
-        help="folder for the checkpoints, 1 GB per seed (default: %(default)s)",
-    )
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Train what is missing, measure, and write the table and the picture."""
-    options = parse(argv)
-    sizes, runs = FULL, options.runs
-    if options.quick:
-        sizes, runs = QUICK, options.runs / "quick"
-        for name, value in TINY.items():
-            setattr(lesson, name, value)
+    options = parser.parse_args(argv)
+    sizes, runs = QUICK if options.quick else FULL, runs_of(options)
     lesson.DTYPE = options.dtype
     texts = lesson.load(options.text)
     rows, curves = [], []

@@ -16,7 +16,6 @@ Runs whose losses are in the folder of the runs are not repeated, so a study tha
 interrupted resumes. Use another folder for another text.
 """
 
-import argparse
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -41,7 +40,7 @@ from asgd_optax import (
 )
 from examples import after_the_run as lesson
 from studies import after_the_run
-from tools import command_line, report
+from tools import report
 
 CONSTANT, ROOT = "constant", "1/sqrt(t)"
 COSINE, STABLE = "cosine to 0", "warmup-stable-decay"
@@ -54,14 +53,8 @@ UNIFORM = 0, 2
 ALPHAS = 100, 400  # steps
 START = 3e-3  # the first peak learning rate that is tried
 TUNING = 0  # the seed that chooses the peaks; the results have the seeds after it
-WINDOWS = (
-    0.05,
-    0.1,
-    0.15,
-    0.2,
-    0.3,
-    0.5,
-)  # lengths of the means, as fractions of the run
+# Lengths of the means, as fractions of the run.
+WINDOWS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 
 
 class Sizes(NamedTuple):
@@ -552,37 +545,16 @@ def label(axes: Any, ends: Sequence[tuple[float, str, str]]) -> None:
         )
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = command_line.report_parser("Averaged runs of a language model, schedules.")
-    parser.add_argument(
-        "--seeds",
-        type=command_line.whole_number(1, 100),
-        default=3,
-        help="seeds of the results (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--text",
-        type=Path,
-        default=lesson.TEXT,
-        help="folder of Python files to read (default: the standard library)",
-    )
-    parser.add_argument(
-        "--runs",
-        type=Path,
-        default=Path("out/horizon_free_text"),
-        help="folder for the losses of finished runs (default: %(default)s)",
-    )
-    return parser.parse_args(argv)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Train what is missing, measure, and write the tables and the picture."""
-    options = parse(argv)
-    sizes, runs = FULL, options.runs
-    if options.quick:
-        sizes, runs = QUICK, options.runs / "quick"
-        for name, value in after_the_run.TINY.items():
-            setattr(lesson, name, value)
+    parser = after_the_run.parser_of(
+        "horizon_free_text",
+        "Averaged runs of a language model, schedules.",
+        "seeds of the results",
+        "the losses of finished runs",
+    )
+    options = parser.parse_args(argv)
+    sizes, runs = QUICK if options.quick else FULL, after_the_run.runs_of(options)
     texts = lesson.load(options.text)
     trainer = Trainer(texts, TUNING, sizes, runs)
     tuned = {row: tune(trainer, row, sizes.tuned) for row in ROWS}
